@@ -102,6 +102,7 @@ class DialogueReference:
 
     `row`, `start`, `length` are filled by batching; `prompt_length` ids of the dialogue come before the answer.
     `labels` and `transcript` belong to the last user turn, `reply` and `reply_emotion` to the last assistant turn.
+    `asked_labels` are the label sets that a labelling task asks for, in the order in which the answer lists them.
     """
 
     key: str
@@ -112,6 +113,7 @@ class DialogueReference:
     voice_type: str = ""
     transcript: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    asked_labels: tuple[str, ...] = ()
     reply: str = ""
     reply_emotion: str = ""
     prompt_length: int = 0

@@ -7,7 +7,8 @@ labels go at the end. In text a label is written as a lower-case tag, `<happy>`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,9 +58,24 @@ def write_label(label: str) -> str:
     return f"<{label}>"
 
 
+def write_label_tags(labels: Sequence[str]) -> str:
+    """Labels one after the other as an understanding task writes them: happy, old -> <happy><old>."""
+    return "".join(write_label(label) for label in labels)
+
+
+def parse_label_tags(text: str, asked_labels: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Answer of an understanding task -> the words before the tags, and the labels among the tags.
+
+    Tags are read in the order in which they were asked for, as two sets may share a label. A tag that is no label of
+    its set is left out, which every metric counts as wrong.
+    """
+    words, *_ = re.split(r"<[a-z_]+>", text, maxsplit=1)
+    tags = re.findall(r"<([a-z_]+)>", text)
+    labels = {name: tag for name, tag in zip(asked_labels, tags, strict=False) if tag in LABEL_SETS[name]}
+    return words.strip(), labels
+
+
 def class_indices(labels: Mapping[str, str]) -> Tensor:
     """Labels -> [L] int64 class index per label set in the order of `LABEL_SETS`, IGNORE_INDEX where absent."""
-    indices = [
-        LABEL_SETS[name].index(labels[name]) if name in labels else IGNORE_INDEX for name in LABEL_SETS
-    ]
+    indices = [LABEL_SETS[name].index(labels[name]) if name in labels else IGNORE_INDEX for name in LABEL_SETS]
     return torch.tensor(indices, dtype=torch.long)

@@ -1,0 +1,87 @@
+"""Prompt sets: every word around a dialogue, as data. YAML selects one by name, or by the path of a file of one's own."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_echat.contracts import UserError
+from lightning_echat.tokens.paralinguistics import LABEL_SETS
+from lightning_echat.tokens.tasks import ALL_TASK_NAMES, DialogueTask
+from lightning_echat.tokens.thinking import ThinkingFormat
+
+_FOLDER = Path(__file__).parent / "prompt_sets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The wording of prompts and headers.
+
+    Attributes:
+        name: How reports call it.
+        system: Task name -> system block as it stands at the start of the row, markers included.
+        instructions: Task name -> instructions, one of which precedes the query; may hold {labels}.
+        user: Opens a user turn.
+        assistant: Closes a user turn and opens the assistant's.
+        turn_end: Follows the end of text of an earlier assistant turn.
+        thinking: The wording of label thinking.
+    """
+
+    name: str
+    system: dict[str, str]
+    instructions: dict[str, list[str]]
+    user: str
+    assistant: str
+    turn_end: str
+    thinking: ThinkingFormat = field(default_factory=ThinkingFormat)
+
+    def instruction(self, task: DialogueTask, choice: int) -> str:
+        """The instruction number `choice` (modulo how many there are), labels filled in; empty where there is none."""
+        wordings = self.instructions.get(task.name, [])
+        if not wordings:
+            return ""
+        return wordings[choice % len(wordings)].replace("{labels}", ", ".join(task.labels))
+
+
+def load_prompt_set(name_or_path: str) -> PromptSet:
+    """Read a prompt set that the package ships, by name, or any YAML file of the same form, by path."""
+    shipped = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, shipped, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped)}, or give a YAML file"
+        raise UserError(f"no prompt set {name_or_path!r}; {hint}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        return _prompt_set(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"prompt set {path}: {error!r}; see the shipped english.yaml for the form") from error
+
+
+def _prompt_set(content: dict[str, Any]) -> PromptSet:
+    tasks: dict[str, dict[str, Any]] = content["tasks"]
+    for name in ALL_TASK_NAMES:
+        if name not in tasks:
+            raise KeyError(f"tasks.{name} is missing")
+    unknown = [name for name in tasks if name not in ALL_TASK_NAMES]
+    if unknown:
+        raise KeyError(f"tasks.{unknown[0]} is no task")
+    thinking = dict(content.get("thinking", {}))
+    if unknown := [name for name in thinking.get("fields", {}) if name not in LABEL_SETS]:
+        raise KeyError(f"thinking.fields.{unknown[0]} is no label set")
+    system = content["system"]
+    return PromptSet(
+        name=content["name"],
+        system={
+            name: system.replace("{text}", entry["system"]) if entry["system"] else "" for name, entry in tasks.items()
+        },
+        instructions={name: list(entry.get("instructions", [])) for name, entry in tasks.items()},
+        user=content["user"],
+        assistant=content["assistant"],
+        turn_end=content["turn_end"],
+        thinking=ThinkingFormat(**thinking),
+    )
