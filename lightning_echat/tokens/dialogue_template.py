@@ -4,8 +4,8 @@ A row of one dialogue reads, with * where the loss counts (the target of a posit
 
     system | [user query · assistant reply end]… | user [instruction] query · assistant target*
 
-A spoken query is `input_speech_begin`, one placeholder per adapter output, `input_speech_end`. The target is the answer's
-text and its end of text, then for spoken targets the speech ids between boundaries, or both interleaved. Earlier turns
+A spoken query is `input_speech_begin`, one placeholder per adapter output, `input_speech_end`. The target is the
+answer's text and its end of text, then for spoken targets the speech ids between boundaries, or both interleaved. Earlier turns
 hold the reply's text alone: what the model thought and how it sounded is not carried along.
 """
 

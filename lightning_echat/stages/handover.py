@@ -1,0 +1,73 @@
+"""From stage to stage: the weights of an earlier stage into this one, with a report of what came and what did not."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_echat.contracts import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def latest_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    found = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    if not found:
+        raise UserError(f"no checkpoint at {path}; give a .ckpt file or the folder of a run that has saved one")
+    last = [c for c in found if c.name == "last.ckpt"]
+    return last[0] if last else max(found, key=lambda c: c.stat().st_mtime)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A Lightning checkpoint, read without executing anything in it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read checkpoint {path}: {reason}") from error
+
+
+def model_weights(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+    """The network's part of a stage checkpoint, under the network's own names."""
+    prefix = "model."
+    state = {n.removeprefix(prefix): t for n, t in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
+    if not state:
+        raise UserError(f"{path} holds no network weights; was it saved by a stage of this project?")
+    return state
+
+
+def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -> None:
+    """Fill `model` from the checkpoint of an earlier stage.
+
+    Args:
+        model: The network of this stage.
+        path: A checkpoint or a run folder.
+        new_parts: Name patterns that this stage adds and the earlier one need not have, for instance "*.lora_*".
+
+    Raises:
+        UserError: A weight is missing that `new_parts` does not announce, is unknown, or has another shape.
+    """
+    path = latest_checkpoint(path)
+    state = model_weights(read_checkpoint(path), path)
+    own = model.state_dict()
+    missing = [n for n in own if n not in state and not any(fnmatch.fnmatchcase(n, p) for p in new_parts)]
+    unknown = [n for n in state if n not in own]
+    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has another shape for", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"init_from {path} {what} {', '.join(names[:3])}{more}; "
+                f"announce parts that this stage adds with init_new_parts, or give the config it was trained with"
+            )
+    model.load_state_dict(state, strict=False)
+    _log.info("loaded %d of %d weights from %s; new: %s", len(state), len(own), path, sorted(set(own) - set(state)))
