@@ -165,6 +165,8 @@ class PackedBatch:
         clip_characters: [C, characters] int64 CTC targets, zero-padded.
         clip_character_lengths: [C] int64.
         references: One per dialogue, in row and then reading order.
+        health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
+            "noticed/<reason>" and "drawn/<source>/<task>". Sums over batches are totals of the run.
     """
 
     input_ids: Tensor
@@ -181,6 +183,7 @@ class PackedBatch:
     clip_characters: Tensor
     clip_character_lengths: Tensor
     references: list[DialogueReference]
+    health: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:
         """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""

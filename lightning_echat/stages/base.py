@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -19,7 +19,7 @@ from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
-from lightning_echat.stages.handover import load_from
+from lightning_echat.nn.weights import load_from, stored_settings
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -174,7 +174,7 @@ class EChatStage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to build the network again, as plain values."""
-        checkpoint["echat"] = {"tokens": asdict(self.tokens), "network": asdict(self.network)}
+        checkpoint["echat"] = stored_settings(self.tokens, self.network)
 
     def _losses(self, batch: PackedBatch) -> tuple[EChatOutput, TokenLoss]:
         assert self.model is not None

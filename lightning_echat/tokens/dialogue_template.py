@@ -51,6 +51,8 @@ class TokensConfig:
         audio_strides: Strides of the convolutions from mel frames to adapter outputs, in order. (2, 2, 2) is
             Whisper's 2 and an adapter of 4: 12.5 outputs a second.
         mel_bins: Mel bins of the speech encoder's input.
+        speech_tokenizer: Folder of the speech tokenizer that the codes come from; only what turns codes into sound
+            reads it.
     """
 
     tokenizer: str
@@ -59,6 +61,7 @@ class TokensConfig:
     prompt_set: str = "english"
     audio_strides: tuple[int, ...] = (2, 2, 2)
     mel_bins: int = 80
+    speech_tokenizer: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

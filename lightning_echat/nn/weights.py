@@ -1,16 +1,26 @@
-"""From stage to stage: the weights of an earlier stage into this one, with a report of what came and what did not."""
+"""Weights on disk: reading a stage's checkpoint, handing it over to the next stage, building its network again.
+
+Checkpoints are read with `weights_only=True`: nothing in them is executed.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
+from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
+from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
+from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
+from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +37,7 @@ def latest_checkpoint(path: str | Path) -> Path:
     return last[0] if last else max(found, key=lambda c: c.stat().st_mtime)
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """A Lightning checkpoint, read without executing anything in it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -36,7 +46,7 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
-def model_weights(checkpoint: dict, path: Path) -> dict[str, Tensor]:
+def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """The network's part of a stage checkpoint, under the network's own names."""
     prefix = "model."
     state = {n.removeprefix(prefix): t for n, t in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
@@ -71,3 +81,55 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
             )
     model.load_state_dict(state, strict=False)
     _log.info("loaded %d of %d weights from %s; new: %s", len(state), len(own), path, sorted(set(own) - set(state)))
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainedModel:
+    """A network as a stage left it, ready to answer.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        tokenizer: Templates and ids that it was trained with.
+        tokens: Their settings.
+        path: The checkpoint it was read from.
+        step: Optimizer steps it had been trained for.
+    """
+
+    model: EChatModel
+    tokenizer: DialogueTokenizer
+    tokens: TokensConfig
+    path: Path
+    step: int
+
+
+def stored_settings(tokens: TokensConfig, network: NetworkConfig) -> dict[str, Any]:
+    """What a checkpoint keeps so that `load_trained` can build the network again, as plain values."""
+    return {"tokens": asdict(tokens), "network": asdict(network)}
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """Build the network of a checkpoint or run folder and fill in its weights; no pretrained weights are needed."""
+    path = latest_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    if "echat" not in checkpoint:
+        raise UserError(f"{path} does not say how to build its network; was it saved by a stage of this project?")
+    settings = checkpoint["echat"]
+    tokens = TokensConfig(**settings["tokens"])
+    tokenizer = DialogueTokenizer.from_config(tokens)
+    model = EChatModel(_network(settings["network"]), tokens=tokens, vocabulary=tokenizer.vocabulary)
+    model.load_state_dict(model_weights(checkpoint, path), strict=True)
+    return TrainedModel(
+        model=model.eval(), tokenizer=tokenizer, tokens=tokens, path=path, step=int(checkpoint.get("global_step", 0))
+    )
+
+
+def _network(settings: dict[str, Any]) -> NetworkConfig:
+    """The stored settings as a config that loads nothing pretrained: the checkpoint brings all weights."""
+    llm = dict(settings["llm"], pretrained=False)
+    llm["lora"] = LoRAConfig(**llm["lora"]) if llm["lora"] else None
+    return NetworkConfig(
+        encoder=SpeechEncoderConfig(**dict(settings["encoder"], pretrained=False)),
+        adapter=SpeechAdapterConfig(**settings["adapter"]),
+        llm=LanguageModelConfig(**llm),
+        auxiliary_labels=tuple(settings["auxiliary_labels"]),
+    )

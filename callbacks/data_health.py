@@ -1,0 +1,134 @@
+"""What became of the data: how much was read, kept, skipped and why, and how much padding it took."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.batch_tally import BatchSums, BatchTally
+from callbacks.run_files import write_run_file
+from lightning_echat.contracts import PackedBatch, UserError
+from lightning_echat.data.read_errors import DRAWN, KEPT, NOTICED, READ, SKIPPED
+
+FILE = "data_health.json"
+_BATCHES, _TOKENS, _POSITIONS = "batches", "tokens", "positions"
+
+
+class DataHealth(Callback):
+    """Sums the counts that travel with training batches, over all ranks and across resumes.
+
+    Logs `data/read`, `data/kept`, `data/skipped/<reason>`, `data/noticed/<reason>` and `data/drawn/<source>/<task>`,
+    each a total since the run began, and writes `data_health.json` into the run's folder when training ends or fails:
+    `samples`, `kept`, `skipped`, `noticed`, `drawn`, `padding_share`, `positions`, `batches`, and `complete`, false after a failure,
+    when other ranks can no longer be asked for what they read since the last exchange.
+
+    Args:
+        every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.
+    """
+
+    def __init__(self, *, every_n_steps: int = 50) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise UserError(f"DataHealth: every_n_steps must be at least 1, not {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._totals: Counter[str] = Counter()
+        self._pending: Counter[str] = Counter()
+        self._tally = BatchTally()
+        self._exchanged_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count windows from where training starts or goes on."""
+        self._exchanged_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        """Add the batch's counts; exchange and log them at the end of a window."""
+        self._pending.update(batch.health)
+        self._pending[_BATCHES] += 1
+        self._tally.add(batch)
+        if trainer.global_step - self._exchanged_at >= self.every_n_steps:
+            self._exchange(trainer)
+            self._log(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exchange, as a checkpoint may follow that has to hold every rank's counts."""
+        if trainer.state.fn == "fit":
+            self._exchange(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log and write the totals."""
+        self._exchange(trainer)
+        self._log(trainer)
+        write_run_file(trainer, FILE, content=self._summary(complete=True))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what this rank knows. Nothing is exchanged: the other ranks may be gone."""
+        if trainer.state.fn == "fit":
+            write_run_file(trainer, FILE, content=self._summary(complete=False))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals, with what this rank has read since the last exchange."""
+        return {"totals": dict(self._totals + self._own())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._totals = Counter(state_dict["totals"])
+
+    def _own(self) -> Counter[str]:
+        sums = self._tally.read()
+        return self._pending + Counter({_TOKENS: sums.tokens, _POSITIONS: sums.positions})
+
+    def _exchange(self, trainer: Trainer) -> None:
+        """Move what every rank has counted into the totals, which are the same on all of them."""
+        for counts in _all_ranks(self._own()):
+            self._totals.update(counts)
+        self._pending = Counter()
+        self._tally = BatchTally()
+        self._exchanged_at = trainer.global_step
+
+    def _log(self, trainer: Trainer) -> None:
+        values = {
+            f"data/{_metric_name(key)}": float(count)
+            for key, count in self._totals.items()
+            if key not in (_BATCHES, _TOKENS, _POSITIONS)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _summary(self, *, complete: bool) -> dict[str, Any]:
+        counts = self._totals + self._own()
+        sums = BatchSums(tokens=counts[_TOKENS], positions=counts[_POSITIONS])
+        return {
+            "samples": counts[READ],
+            "kept": counts[KEPT],
+            "skipped": _under(counts, SKIPPED),
+            "noticed": _under(counts, NOTICED),
+            "drawn": _under(counts, DRAWN),
+            "padding_share": sums.padding_share,
+            "positions": counts[_POSITIONS],
+            "batches": counts[_BATCHES],
+            "complete": complete,
+        }
+
+
+def _all_ranks(counts: Counter[str]) -> list[dict[str, int]]:
+    """Every rank's counts. Their keys differ between ranks, so they travel as objects; they are small and rare."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [dict(counts)]
+    gathered: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, dict(counts))
+    return gathered
+
+
+def _under(counts: Counter[str], prefix: str) -> dict[str, int]:
+    return {key.removeprefix(prefix): count for key, count in sorted(counts.items()) if key.startswith(prefix)}
+
+
+def _metric_name(key: str) -> str:
+    """Reasons are phrases; metric names hold no spaces."""
+    return re.sub(r"\s+", "_", key.lower())

@@ -1,0 +1,217 @@
+"""The `echat` command: where model, data and trainer meet, and nothing else happens.
+
+`fit`, `validate`, `test` and `predict` are LightningCLI. Every other command is a plain function with typed arguments,
+found through a table that names it, so that `echat --help` imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
+
+from lightning_echat import __version__
+from lightning_echat.command_errors import (
+    ParseProblem,
+    RaisesProblems,
+    SetupError,
+    check_config_files,
+    explain_exception,
+    explain_parse_error,
+    nearest,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """An entry of `echat --help`.
+
+    Attributes:
+        summary: One line.
+        function: `module:name` of a plain function; empty for what LightningCLI runs.
+        positional: The argument that may be given without its name.
+    """
+
+    summary: str
+    function: str = ""
+    positional: str = ""
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("train a stage: echat fit --config experiments/….yaml"),
+    "validate": Command("score a checkpoint on the validation sets"),
+    "test": Command("score a checkpoint on the test sets"),
+    "predict": Command("write a checkpoint's answers"),
+    "data synthesize": Command(
+        "make the quickstart's spoken-dialogue corpus on this machine", "lightning_echat.corpus.synthesize:synthesize"
+    ),
+    "data pack": Command("turn your own dialogues and audio into shards", "lightning_echat.corpus.pack:pack"),
+    "data tokenize": Command(
+        "add speech codes to shards, on many processes", "lightning_echat.corpus.tokenize:tokenize"
+    ),
+    "data inspect": Command(
+        "print a sample exactly as the model will see it", "lightning_echat.data.inspection:inspect"
+    ),
+    "data verify": Command(
+        "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify"
+    ),
+    "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
+    "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
+    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report"),
+    "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
+}
+_LIGHTNING_COMMANDS = tuple(name for name, command in COMMANDS.items() if not command.function)
+
+
+class _CommandParser(RaisesProblems, ArgumentParser):
+    """Parser of a plain function's arguments."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one `echat` command.
+
+    Args:
+        args: What follows `echat`; the command line's own without it.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        _dispatch(args)
+    except KeyboardInterrupt:
+        _leave("interrupted", code=130)
+    except (Exception, BaseExceptionGroup) as error:
+        line = explain_exception(error)
+        if line is None:
+            raise
+        if os.environ.get("ECHAT_DEBUG"):
+            traceback.print_exception(error)
+        _leave(f"error: {line}", code=2, same_on_every_rank=isinstance(error, SetupError))
+
+
+def _dispatch(args: list[str]) -> None:
+    """Find the command and run it."""
+    if args[:1] == ["--version"]:
+        _say(f"echat {__version__}")
+        return
+    if not args or args[0] in ("-h", "--help", "help"):
+        _say(_overview())
+        return
+    name = next((" ".join(args[:words]) for words in (2, 1) if " ".join(args[:words]) in COMMANDS), None)
+    if name is None:
+        group = [command for command in COMMANDS if command.startswith(f"{args[0]} ")]
+        if group and (len(args) == 1 or args[1] in ("-h", "--help")):
+            _say(_overview(group))
+            return
+        words = args[:2] if group else args[:1]
+        raise SetupError(f"unknown command {' '.join(words)!r}{nearest(' '.join(words), COMMANDS)} (echat --help)")
+    # A checkout's own classes, and a user's, are named by path in YAML; a console script does not see its folder.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    if name in _LIGHTNING_COMMANDS:
+        _run_lightning(args)
+    else:
+        _run_function(name, args[len(name.split()) :])
+
+
+def _overview(names: list[str] | None = None) -> str:
+    shown = names or list(COMMANDS)
+    width = max(len(name) for name in shown)
+    lines = [f"  {name:<{width}}  {COMMANDS[name].summary}" for name in shown]
+    return "\n".join(["usage: echat COMMAND [options]    (echat COMMAND --help for its options)", "", *lines])
+
+
+def run(recipe: Path, set: list[str] | None = None, only: str | None = None, fresh: bool = False) -> None:
+    """Run the steps of a recipe in order; a step whose settings, inputs and code are unchanged is reused.
+
+    Args:
+        recipe: YAML file with the steps.
+        set: KEY=VALUE, a variable of the recipe; may be given several times.
+        only: Run this step alone.
+        fresh: Run steps again although nothing changed.
+    """
+    from lightning_echat.recipe import run_recipe
+
+    run_recipe(recipe, run_command=main, overrides=set or [], only=only, fresh=fresh)
+
+
+def _run_lightning(args: list[str]) -> None:
+    os.environ.setdefault("WANDB_MODE", "offline")
+    # Offline runs would still look up the error reporter's host, and keep 15 s of metrics in memory only.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
+    from lightning_echat.lightning_cli import run_lightning
+
+    run_lightning(args)
+
+
+def _run_function(name: str, args: list[str]) -> None:
+    """Parse the arguments of a plain function by its signature, and call it."""
+    function = _load(COMMANDS[name].function)
+    files = check_config_files(args)
+    parser = _CommandParser(prog=f"echat {name}", description=COMMANDS[name].summary)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of the options below")
+    parser.add_function_arguments(function, fail_untyped=True)
+    try:
+        values = parser.parse_args(_plain_flags(args, function, COMMANDS[name].positional))
+    except ParseProblem as problem:
+        known = parser.get_defaults().keys()
+        raise SetupError(explain_parse_error(str(problem), known_keys=known, files=files)) from problem
+    arguments = dict(parser.instantiate_classes(values).items())
+    arguments.pop("config", None)
+    function(**arguments)
+
+
+def _load(target: str) -> Callable[..., None]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _plain_flags(args: list[str], function: Callable[..., None], positional: str) -> list[str]:
+    """What people type -> what the parser takes.
+
+    `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, and a list option several times, as in
+    `--audio a.wav --audio b.wav`.
+    """
+    if positional and args and not args[0].startswith("-"):
+        args = [f"--{positional}", *args]
+    hints = {f"--{key}": hint for key, hint in get_type_hints(function).items()}
+    plain: list[str] = []
+    collected: dict[str, list[str]] = {}
+    words = list(args)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if hints.get(flag) is bool and not equals:
+            plain.append(f"{flag}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}")
+        elif flag in hints and _takes_list(hints[flag]) and (equals or words):
+            value = value if equals else words.pop(0)
+            if value.startswith("["):
+                plain.append(f"{flag}={value}")
+            else:
+                collected.setdefault(flag, []).append(value)
+        else:
+            plain.append(word)
+    return plain + [f"{flag}={json.dumps(values)}" for flag, values in collected.items()]
+
+
+def _takes_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(get_origin(option) is list for option in getattr(hint, "__args__", ()))
+
+
+def _leave(line: str, *, code: int, same_on_every_rank: bool = True) -> None:
+    """One line on stderr, and the end. A mistake that every rank finds is told by rank 0; any other names its rank."""
+    rank = next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    if rank == 0 or not same_on_every_rank:
+        sys.stderr.write(f"echat: {f'rank {rank}: ' if rank else ''}{line}\n")
+    raise SystemExit(code)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

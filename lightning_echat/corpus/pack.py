@@ -1,0 +1,173 @@
+"""`echat data pack`: anybody's dialogues and audio files as the shards that training reads.
+
+A manifest is JSON lines in the form of the sidecar of docs/data_format.md, except that `audio` is the path of a file,
+relative to the manifest. Every line is either packed or counted and listed with its number and the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lightning_echat.contracts import DialogueSample, SampleRejected, UserError
+from lightning_echat.data.decoding import SIDECAR, decode_dialogue
+from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.shards import StoredDialogue
+from lightning_echat.data.writers import SCHEMA, AudioFormat, ShardWriter, write_atomically
+
+_SKIPPED_ROWS = "skipped.jsonl"
+_SHOWN = 10
+
+
+def pack(
+    manifest: Path,
+    out: Path,
+    *,
+    audio_format: AudioFormat = "flac",
+    dialogues_per_shard: int = 500,
+    max_seconds: float = 60.0,
+    overwrite: bool = False,
+) -> None:
+    """Turn dialogues and audio files into shards.
+
+    Args:
+        manifest: JSON lines, a dialogue each: "turns" as docs/data_format.md describes, "audio" a path relative to the
+            manifest; optional "key", "speaker" and "voice_type". Audio may have any sample rate and format that
+            libsndfile reads.
+        out: Folder for the shards and their index; what was skipped goes to skipped.jsonl in it.
+        audio_format: flac or wav, 16 kHz mono either way.
+        dialogues_per_shard: Dialogues in a shard.
+        max_seconds: A turn with more audio is skipped.
+        overwrite: Replace the shards of an earlier run.
+
+    Raises:
+        UserError: The manifest cannot be read, nothing in it can be used, or `out` holds shards already.
+    """
+    if not manifest.is_file():
+        raise UserError(f"manifest {manifest} does not exist")
+    _clear(out, overwrite=overwrite)
+    counter, skipped = SkipCounter(), []
+    with ShardWriter(out, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard) as writer:
+        keys: set[str] = set()
+        for number, line in _numbered_lines(manifest):
+            try:
+                sample = read_row(line, number=number, manifest=manifest, max_seconds=max_seconds, taken=keys)
+                _write(writer, sample)
+            except SampleRejected as error:
+                counter.skip(error.reason, shard=manifest.name, key=f"line {number}", detail=str(error))
+                skipped.append({"line": number, "reason": error.reason, "detail": str(error)})
+                continue
+            counter.keep()
+            keys.add(sample.key)
+    if not writer.samples:
+        raise UserError(f"{manifest} holds nothing that can be packed: {_reasons(counter) or 'it is empty'}")
+    _report(out, counter=counter, skipped=skipped)
+
+
+def read_row(line: str, *, number: int, manifest: Path, max_seconds: float, taken: set[str]) -> DialogueSample:
+    """One line of a manifest as a dialogue with its audio.
+
+    Args:
+        line: The JSON.
+        number: Of the line, from 1; it names a dialogue without a key.
+        manifest: Audio paths are relative to it.
+        max_seconds: Longest audio of a turn.
+        taken: Keys of earlier lines.
+
+    Raises:
+        SampleRejected: The line cannot be used.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise SampleRejected("broken JSON", str(error)) from error
+    if not isinstance(row, dict):
+        raise SampleRejected("broken sidecar", "no object at the top")
+    key = str(row.get("key") or f"{manifest.stem.replace('.', '-')}-{number:08d}")
+    if "." in key:
+        raise SampleRejected("bad key", f"{key!r} holds a dot")
+    if key in taken:
+        raise SampleRejected("duplicate key", repr(key))
+    sidecar, members = _embed_audio(row, folder=manifest.parent)
+    members[SIDECAR] = json.dumps(sidecar).encode()
+    stored = StoredDialogue(key=key, shard=manifest.name, index=number, members=members)
+    return decode_dialogue(stored, max_seconds=max_seconds)
+
+
+def _embed_audio(row: dict[str, Any], *, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The row as a sidecar, with paths of audio replaced by names of members, and these members."""
+    members: dict[str, bytes] = {}
+    turns = row.get("turns")
+    sidecar = {"schema": SCHEMA, **row, "turns": turns}
+    if not isinstance(turns, list):
+        raise SampleRejected("no turns", "a dialogue is {'turns': [...]}")
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("audio") is None:
+            continue
+        path = folder / str(turn["audio"])
+        try:
+            members[f"{index}.audio"] = path.read_bytes()
+        except OSError as error:
+            raise SampleRejected("missing audio", f"{path}: {error.strerror}") from error
+        turns[index] = {**turn, "audio": f"{index}.audio"}
+    return sidecar, members
+
+
+def _write(writer: ShardWriter, sample: DialogueSample) -> None:
+    """Append the dialogue; what the format cannot hold is a rejected row like any other."""
+    for turn in sample.turns:
+        # Resampling overshoots by a little where the original was close to full scale.
+        if turn.audio is not None and (loudest := float(turn.audio.abs().max())) > 1.0:
+            turn.audio = turn.audio / loudest
+    try:
+        writer.write(sample)
+    except ValueError as error:
+        raise SampleRejected("empty turn" if "neither" in str(error) else "unwritable", str(error)) from error
+
+
+def _clear(out: Path, *, overwrite: bool) -> None:
+    """Make sure that shards of two runs never stand side by side."""
+    present = [*out.glob("*.tar"), *out.glob("index.json")] if out.is_dir() else []
+    if present and not overwrite:
+        raise UserError(f"{out} holds {present[0].name} already: choose another folder or pass --overwrite true")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file, not a folder")
+    for path in present:
+        path.unlink()
+
+
+def _numbered_lines(manifest: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank with their numbers, from 1, under a progress bar."""
+    with Progress(console=Console(stderr=True)) as progress:
+        file = progress.open(manifest, "rb", description="packing")
+        with file:
+            for number, line in enumerate(file, start=1):
+                if text := line.decode("utf-8", errors="replace").strip():
+                    yield number, text
+
+
+def _reasons(counter: SkipCounter) -> str:
+    """Reasons and how often, in one line."""
+    return ", ".join(f"{count} {reason}" for reason, count in counter.skipped.items())
+
+
+def _report(out: Path, *, counter: SkipCounter, skipped: list[dict[str, Any]]) -> None:
+    """Say what was packed and what was not, and why; the whole list goes to a file."""
+    console = Console()
+    index = json.loads((out / "index.json").read_text())
+    line = f"{out}: {index['samples']} dialogues, {index['seconds'] / 3600:.2f} h in {len(index['shards'])} shards"
+    console.print(f"{line}; {len(skipped)} skipped" + (f": {_reasons(counter)}" if skipped else ""), soft_wrap=True)
+    for row in skipped[:_SHOWN]:
+        console.print(f"  line {row['line']}: {row['detail']}", soft_wrap=True, markup=False)
+    listing = out / _SKIPPED_ROWS
+    if skipped:
+        write_atomically(listing, content="".join(json.dumps(row) + "\n" for row in skipped).encode())
+        if len(skipped) > _SHOWN:
+            console.print(f"  all {len(skipped)} are in {listing}", soft_wrap=True)
+    else:
+        listing.unlink(missing_ok=True)

@@ -1,0 +1,118 @@
+"""LightningCLI as `echat fit|validate|test|predict` uses it: any stage, any data module, both named in YAML."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_echat.command_errors import (
+    ParseProblem,
+    RaisesProblems,
+    SetupError,
+    check_config_files,
+    explain_parse_error,
+    one_line,
+)
+from lightning_echat.contracts import UserError
+from lightning_echat.stages.base import EChatStage
+
+
+class EChatArgumentParser(RaisesProblems, LightningArgumentParser):
+    """Lightning's parser, whose errors are raised instead of printed."""
+
+
+class RunFolderConfig(SaveConfigCallback):
+    """Keeps the resolved configuration: in the run's own folder, and in the W&B run where there is one.
+
+    Lightning's own callback writes to the logger's folder, which several runs share, and refuses the second run.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file of this command; Lightning calls this on rank 0 only."""
+        text = self.parser.dump(self.config, skip_none=False)
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # What was trained stays readable when the run is scored later with other settings.
+        name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+        (folder / name).write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(yaml.safe_load(text), allow_val_change=True)
+
+
+class EChatCLI(LightningCLI):
+    """A stage and a data module in subclass mode; what both must agree on is given once, under the model."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the tokens of the data to those of the model."""
+        parser.link_arguments("model.init_args.tokens", "data.init_args.tokens")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and say in one line what is wrong."""
+        words = list(args) if isinstance(args, list) else sys.argv[1:]
+        files = check_config_files(words)
+        try:
+            super().parse_arguments(parser, args)
+        except ParseProblem as problem:
+            keys = self._subcommand_parsers[words[0]].get_defaults().keys()
+            raise SetupError(explain_parse_error(str(problem), known_keys=keys, files=files)) from problem
+
+    def before_instantiate_classes(self) -> None:
+        """Give everything that a run writes its place in the run's own folder, unless YAML names another.
+
+        W&B stages media there too, and before a logger exists: `wandb sync` needs them unmoved.
+        """
+        trainer = self.config[str(self.subcommand)].trainer
+        folder = Path(trainer.default_root_dir)
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / ".wandb-data"))
+        for part, option, place in (("logger", "save_dir", folder), ("callbacks", "dirpath", folder / "checkpoints")):
+            entries = trainer[part] if isinstance(trainer[part], list) else [trainer[part]]
+            for entry in entries:
+                init_args = getattr(entry, "init_args", None)
+                if init_args is not None and option in init_args and init_args[option] in (None, "."):
+                    init_args[option] = str(place)
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a constructor refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (UserError, ValueError, OSError, MisconfigurationException) as error:
+            raise SetupError(one_line(f"cannot build what the configuration asks for: {error}")) from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as leaving:
+            # Lightning ends a graceful Ctrl-C with exit code 1.
+            if isinstance(leaving.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from leaving
+            raise
+
+
+def run_lightning(args: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict`."""
+    EChatCLI(
+        EChatStage,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=EChatArgumentParser,
+        save_config_callback=RunFolderConfig,
+        seed_everything_default=0,
+        # Without a folder of its own a run would write into the current one.
+        trainer_defaults={"default_root_dir": "runs/unnamed"},
+        auto_configure_optimizers=False,
+        # The command line's own words go unrepeated: Lightning launches further ranks with them, and warns otherwise.
+        args=None if args == sys.argv[1:] else args,
+    )
