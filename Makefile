@@ -29,7 +29,7 @@ $(STAMP):
 
 quickstart: $(STAMP) ## corpus, three stages, evaluation and report on this machine's CPU (BUDGET=long: 45 minutes)
 	@case "$(BUDGET)" in short|long) ;; *) echo "BUDGET is short or long, not '$(BUDGET)'" >&2; exit 2;; esac
-	@$(BIN)/echat run experiments/quickstart/recipe.yaml --set budget=$(BUDGET)
+	@$(BIN)/echat run experiments/quickstart/recipe.yaml $(if $(filter long,$(BUDGET)),--set budget=long)
 
 test: $(STAMP) ## the test suite, without what takes long
 	@$(BIN)/python -m pytest

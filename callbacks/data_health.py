@@ -23,8 +23,8 @@ class DataHealth(Callback):
 
     Logs `data/read`, `data/kept`, `data/skipped/<reason>`, `data/noticed/<reason>` and `data/drawn/<source>/<task>`,
     each a total since the run began, and writes `data_health.json` into the run's folder when training ends or fails:
-    `samples`, `kept`, `skipped`, `noticed`, `drawn`, `padding_share`, `positions`, `batches`, and `complete`, false after a failure,
-    when other ranks can no longer be asked for what they read since the last exchange.
+    `samples`, `kept`, `skipped`, `noticed`, `drawn`, `padding_share` of all `positions`, `batches`, and `complete`,
+    false after a failure, when other ranks can no longer be asked for what they read since the last exchange.
 
     Args:
         every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_echat.contracts import SAMPLE_RATE, GeneratedReply, PackedBatch, 
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
 from lightning_echat.metrics import ParsedAnswer, parse_answer
 from lightning_echat.nn.token2wav.interface import Token2Wav, load_token2wav
+from lightning_echat.tokens.paralinguistics import LABEL_SETS
 from lightning_echat.tokens.tasks import traits_of
 from lightning_echat.tokens.thinking import ThinkingFormat
 
@@ -176,5 +178,6 @@ def _thinking(reply: GeneratedReply, answer: ParsedAnswer, fmt: ThinkingFormat) 
     return reply.text.partition(fmt.close)[0].replace(fmt.open, "").strip() if answer.thinks else ""
 
 
-def _words(labels: Any) -> str:
-    return ", ".join(f"{name}: {label}" for name, label in labels.items())
+def _words(labels: Mapping[str, str]) -> str:
+    """Labels in one order, so that two cells can be compared at a glance."""
+    return ", ".join(f"{name}: {labels[name]}" for name in LABEL_SETS if name in labels)

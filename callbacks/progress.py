@@ -15,7 +15,7 @@ from callbacks.batch_tally import BatchTally
 from lightning_echat.contracts import PackedBatch, UserError
 
 
-class StageProgress(RichProgressBar):
+class ProgressBar(RichProgressBar):
     """Lightning's rich bar where standard output is a terminal, and plain lines elsewhere.
 
     A line reads `understanding  step 120/800  loss 3.214  5230 tokens/s  eta 0:02:10`; the first word is the name of
@@ -28,7 +28,7 @@ class StageProgress(RichProgressBar):
     def __init__(self, *, seconds_between_lines: float = 10.0) -> None:
         super().__init__(refresh_rate=4)
         if seconds_between_lines <= 0:
-            raise UserError(f"StageProgress: seconds_between_lines must be positive, not {seconds_between_lines:g}")
+            raise UserError(f"ProgressBar: seconds_between_lines must be positive, not {seconds_between_lines:g}")
         self.seconds_between_lines = seconds_between_lines
         self._lines: _Lines | None = None
 

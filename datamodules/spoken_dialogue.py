@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ class SpokenDialogueDataModule(LightningDataModule):
     def __init__(
         self,
         tokens: TokensConfig,
+        root: str = "",
         train: list[SourceConfig] | None = None,
         validation: dict[str, SourceConfig] | None = None,
         batching: BatchingConfig | None = None,
@@ -39,6 +42,7 @@ class SpokenDialogueDataModule(LightningDataModule):
 
         Args:
             tokens: What data and model agree on; linked from the model.
+            root: Folder that relative patterns of shards start from.
             train: Sources of the training mixture.
             validation: Name -> set, each with exactly one task; every dialogue is seen exactly once.
             batching: Sizes of batches.
@@ -51,8 +55,8 @@ class SpokenDialogueDataModule(LightningDataModule):
         """
         super().__init__()
         self.tokens = tokens
-        self.train = train or []
-        self.validation = validation or {}
+        self.train = [_below(root, source) for source in train or []]
+        self.validation = {name: _below(root, source) for name, source in (validation or {}).items()}
         self.batching = batching or BatchingConfig()
         self.augmentation = augmentation
         self.num_workers = num_workers
@@ -121,3 +125,8 @@ class SpokenDialogueDataModule(LightningDataModule):
 
     def _loader(self, stream: TrainingStream | ValidationStream) -> DialogueLoader:
         return DialogueLoader.over(stream, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+
+def _below(root: str, source: SourceConfig) -> SourceConfig:
+    """The source with its relative patterns below `root`; absolute ones stay."""
+    return replace(source, shards=[str(Path(root) / pattern) for pattern in source.shards])

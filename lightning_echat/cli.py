@@ -58,14 +58,14 @@ COMMANDS: dict[str, Command] = {
         "add speech codes to shards, on many processes", "lightning_echat.corpus.tokenize:tokenize"
     ),
     "data inspect": Command(
-        "print a sample exactly as the model will see it", "lightning_echat.data.inspection:inspect"
+        "print a sample exactly as the model will see it", "lightning_echat.data.inspection:inspect", "shards"
     ),
     "data verify": Command(
-        "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify"
+        "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify", "shards"
     ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
-    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report"),
+    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
 }
 _LIGHTNING_COMMANDS = tuple(name for name, command in COMMANDS.items() if not command.function)
@@ -146,6 +146,8 @@ def _run_lightning(args: list[str]) -> None:
     # Offline runs would still look up the error reporter's host, and keep 15 s of metrics in memory only.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
+    # Lightning's own use of the parser, which no user of ours can change.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from lightning_echat.lightning_cli import run_lightning
 
     run_lightning(args)
@@ -163,7 +165,7 @@ def _run_function(name: str, args: list[str]) -> None:
     except ParseProblem as problem:
         known = parser.get_defaults().keys()
         raise SetupError(explain_parse_error(str(problem), known_keys=known, files=files)) from problem
-    arguments = dict(parser.instantiate_classes(values).items())
+    arguments = dict(parser.instantiate(values).items())
     arguments.pop("config", None)
     function(**arguments)
 
@@ -179,9 +181,12 @@ def _plain_flags(args: list[str], function: Callable[..., None], positional: str
     `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, and a list option several times, as in
     `--audio a.wav --audio b.wav`.
     """
-    if positional and args and not args[0].startswith("-"):
-        args = [f"--{positional}", *args]
     hints = {f"--{key}": hint for key, hint in get_type_hints(function).items()}
+    if positional and args and not args[0].startswith("-"):
+        # A list takes all words up to the first option, anything else takes one.
+        until = next((i for i, word in enumerate(args) if word.startswith("-")), len(args))
+        taken = args[:until] if _takes_list(hints[f"--{positional}"]) else args[:1]
+        args = [*(f"--{positional}={word}" for word in taken), *args[len(taken) :]]
     plain: list[str] = []
     collected: dict[str, list[str]] = {}
     words = list(args)

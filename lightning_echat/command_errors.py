@@ -193,7 +193,9 @@ def _explain_value(detail: str) -> str:
     if match := re.search(r"No module named '([\w.]+)'", detail):
         return f"no module {match[1]!r}{nearest(match[1], ('lightning_echat', 'datamodules', 'callbacks'))}"
     if match := re.search(r"the following arguments are required: (.*)", detail):
-        return f"missing: {match[1].strip()}"
+        # Lightning's parser puts the command before each.
+        names = [re.sub(r"^ *(?:fit|validate|test|predict)\.", "", name).strip() for name in match[1].split(",")]
+        return f"missing: {', '.join(names)}"
     given = re.search(r"Given value: (?:NestedArg\(key='[^']*', val=)?(.*)", detail)
     value = given[1].rstrip(")") if given and "val=" in given[0] else given[1] if given else ""
     if match := re.search(r"does not correspond to a subclass of (\w+)", detail):
@@ -201,13 +203,18 @@ def _explain_value(detail: str) -> str:
     if match := re.search(r"Expected an? (.+?)\. Got value: (.*)", detail):
         return f"expected {_type_name(match[1])}, got {match[2].strip()!r}"
     if choices := re.findall(r"Expected a typing\.Literal\[(.*)\]", detail):
-        return f"{value} is none of {', '.join(choice.replace(chr(39), '') for choice in choices)}"
-    if other := [line for line in re.findall(r"^ *- (.+)$", detail, re.MULTILINE) if not line.startswith("Expected a")]:
+        names = dict.fromkeys(name.strip(" '") for choice in choices for name in choice.split(","))
+        return f"{value} is none of {', '.join(names)}"
+    if other := [line for line in re.findall(r"^ *- (.+)$", detail, re.MULTILINE) if not line.startswith(_HOLLOW)]:
         return one_line(other[0])
     if expected := re.findall(r"Expected an? (<class '[^']+'>|[\w.\[\]]+)$", detail, flags=re.MULTILINE):
         names = dict.fromkeys(_type_name(name) for name in expected)
         return f"expected {' or '.join(names)}, got {value or 'something else'}"
     return one_line(detail)
+
+
+_HOLLOW = ("Expected a", "Does not validate")
+"""Openings of the parser's lines that say no more than that something is wrong."""
 
 
 def _type_name(name: str) -> str:

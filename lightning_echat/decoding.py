@@ -22,7 +22,7 @@ from lightning_echat.tokens.tasks import traits_of
 from lightning_echat.tokens.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
     """How answers are written.
 

@@ -40,7 +40,7 @@ class RunFolderConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file of this command; Lightning calls this on rank 0 only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         # What was trained stays readable when the run is scored later with other settings.
@@ -62,6 +62,7 @@ class EChatCLI(LightningCLI):
         """Parse, and say in one line what is wrong."""
         words = list(args) if isinstance(args, list) else sys.argv[1:]
         files = check_config_files(words)
+        _refuse_linked_tokens(words, files)
         try:
             super().parse_arguments(parser, args)
         except ParseProblem as problem:
@@ -98,6 +99,19 @@ class EChatCLI(LightningCLI):
             if isinstance(leaving.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from leaving
             raise
+
+
+def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
+    """The target of a link is overwritten without a word, so a value given there would be lost."""
+    given = [word for word in words if word.startswith("--data.init_args.tokens")]
+    for file in files:
+        data = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")
+        arguments = data.get("init_args") if isinstance(data, dict) else None
+        given += [str(file)] if isinstance(arguments, dict) and "tokens" in arguments else []
+    if given:
+        raise SetupError(
+            f"{given[0]}: tokens are given once, as model.init_args.tokens; the data takes them from there"
+        )
 
 
 def run_lightning(args: list[str]) -> None:

@@ -2,12 +2,14 @@
 
     vars:
       out: runs/example                     # the run's folder; state is kept in its .recipe/
+      budget: short
+      steps: {by: budget, short: 100, long: 900}
     steps:
       - name: corpus
         command: [data, synthesize, --out, "${vars.out}/corpus"]
         outputs: ["${vars.out}/corpus"]
       - name: understanding
-        command: [fit, --config, experiments/understanding.yaml]
+        command: [fit, --config, experiments/understanding.yaml, --trainer.max_steps, "${vars.steps}"]
         inputs: ["${vars.out}/corpus"]
         outputs: ["${vars.out}/understanding/checkpoints/last.ckpt"]
         resumable_folder: "${vars.out}/understanding"
@@ -136,7 +138,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _variables(given: Mapping[str, Any], overrides: Sequence[str], path: Path) -> dict[str, str]:
-    values = {name: _text(value) for name, value in given.items()}
+    values = dict(given)
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals:
@@ -148,8 +150,20 @@ def _variables(given: Mapping[str, Any], overrides: Sequence[str], path: Path) -
     filled: dict[str, str] = {}
     for name, value in values.items():
         # A variable may use those above it, so there are no circles.
-        filled[name] = _fill(value, filled, f"{path}: vars.{name}")
+        where = f"{path}: vars.{name}"
+        filled[name] = _fill(_choose(value, filled, where) if isinstance(value, dict) else _text(value), filled, where)
     return filled
+
+
+def _choose(choices: Mapping[str, Any], variables: Mapping[str, str], where: str) -> str:
+    """{by: budget, short: 100, long: 900} -> 900, where budget is long."""
+    by = choices.get("by")
+    if by not in variables:
+        raise UserError(f"{where}: a choice names the variable above it that decides, as in {{by: budget, short: 1}}")
+    known = [str(name) for name in choices if name != "by"]
+    if variables[by] not in known:
+        raise UserError(f"{by}={variables[by]}: {where} knows {', '.join(known)}")
+    return _text({str(name): value for name, value in choices.items()}[variables[by]])
 
 
 def _step(entry: Any, variables: Mapping[str, str], path: Path) -> Step:

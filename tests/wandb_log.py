@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,10 +72,10 @@ class OfflineRun:
 
 
 def read_run(folder: Path) -> OfflineRun:
-    """The only offline run below a folder."""
+    """The only offline run below a folder, once it is finished."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     run = OfflineRun(history=[], config={}, artifacts={})
-    for record in records(path):
+    for record in _finished_records(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             run.history.append(_items(record.history.item))
@@ -85,13 +86,27 @@ def read_run(folder: Path) -> OfflineRun:
         elif kind == "artifact":
             files = {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
             run.artifacts[record.artifact.client_id] = files
-        elif kind == "request" and record.request.HasField("log_artifact"):
-            artifact = record.request.log_artifact.artifact
-            files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
-            run.artifacts[artifact.client_id] = files
     return run
 
 
+def _finished_records(path: Path, *, seconds: float = 30.0) -> list[Any]:
+    """The records, exit included. `wandb.finish` returns before its service has written the last of them."""
+    until = time.monotonic() + seconds
+    while True:
+        found = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < until, f"{path} has no exit record after {seconds:g} s"
+        time.sleep(0.1)
+
+
 def _items(items: Any) -> dict[str, Any]:
-    """Key-value items; a nested key is joined by slashes."""
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """Key-value items; one with a nested key goes into a dict."""
+    values: dict[str, Any] = {}
+    for item in items:
+        *outer, last = item.nested_key or [item.key]
+        place = values
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[last] = json.loads(item.value_json)
+    return values

@@ -79,8 +79,8 @@ class Split:
 
     name: str
     number: int
-    dialogues: int
-    speakers: int
+    dialogues: int = 0
+    speakers: int = 0
     klatt: bool = False
     reserved: bool = False
     spoken: bool = True

@@ -8,24 +8,20 @@ with; a folder made otherwise is refused, never mixed.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import platform
 import re
-import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_echat import __version__
 from lightning_echat.contracts import UserError
-from lightning_echat.corpus.dialogues import Split, voice_script, write_script
+from lightning_echat.corpus.dialogues import Split, write_script
 from lightning_echat.corpus.espeak import Espeak
+from lightning_echat.corpus.shard_jobs import ShardJob, count_cores, run_jobs
 from lightning_echat.corpus.word_tokenizer import fit_tokenizer
 from lightning_echat.data.writers import (
     TEMPORARY_SUFFIX,
@@ -35,7 +31,6 @@ from lightning_echat.data.writers import (
     write_atomically,
     write_index,
     write_json,
-    write_shard,
 )
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 from lightning_echat.tokens.prompts import load_prompt_set
@@ -47,17 +42,13 @@ RECIPE = 1
 _MANIFEST, _TEXTS, _TOKENIZER, _INDEX = "corpus.json", "text.jsonl", "tokenizer", "index.json"
 _PROMPT_SET = "english"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardJob:
-    """One shard to make: dialogues [first, last) of a split."""
-
-    path: Path
-    split: Split
-    first: int
-    last: int
-    seed: int
-    audio_format: AudioFormat
+_SPLITS = (
+    Split(name="train", number=0),
+    Split(name="validation", number=1, reserved=True),
+    Split(name="held_out_voices", number=2, reserved=True),
+    Split(name="held_out_types", number=3, reserved=True, klatt=True),
+    Split(name="text", number=4, spoken=False),
+)
 
 
 def synthesize(
@@ -100,32 +91,14 @@ def synthesize(
     Raises:
         UserError: A size makes no sense, the synthesizer is missing, or `out` holds something else.
     """
-    splits = (
-        Split(name="train", number=0, dialogues=train_dialogues, speakers=train_speakers),
-        Split(
-            name="validation",
-            number=1,
-            dialogues=validation_dialogues,
-            speakers=validation_speakers,
-            reserved=True,
-        ),
-        Split(
-            name="held_out_voices",
-            number=2,
-            dialogues=held_out_voices_dialogues,
-            speakers=held_out_voices_speakers,
-            reserved=True,
-        ),
-        Split(
-            name="held_out_types",
-            number=3,
-            dialogues=held_out_types_dialogues,
-            speakers=held_out_types_speakers,
-            reserved=True,
-            klatt=True,
-        ),
-        Split(name="text", number=4, dialogues=text_dialogues, speakers=0, spoken=False),
-    )
+    sizes = {
+        "train": (train_dialogues, train_speakers),
+        "validation": (validation_dialogues, validation_speakers),
+        "held_out_voices": (held_out_voices_dialogues, held_out_voices_speakers),
+        "held_out_types": (held_out_types_dialogues, held_out_types_speakers),
+        "text": (text_dialogues, 0),
+    }
+    splits = tuple(replace(split, dialogues=sizes[split.name][0], speakers=sizes[split.name][1]) for split in _SPLITS)
     workers = count_cores() if workers is None else workers
     _check_sizes(splits, dialogues_per_shard=dialogues_per_shard, seed=seed, workers=workers)
     check_audio_format(audio_format)
@@ -138,13 +111,8 @@ def synthesize(
     }
     _claim_folder(out, parameters=parameters, overwrite=overwrite)
     jobs = list(_jobs(out, splits, seed=seed, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard))
-    _run_jobs([job for job in jobs if not job.path.exists()], workers=workers)
+    run_jobs([job for job in jobs if not job.path.exists()], workers=workers)
     _finish(out, splits, seed=seed)
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_sizes(splits: tuple[Split, ...], *, dialogues_per_shard: int, seed: int, workers: int) -> None:
@@ -235,55 +203,6 @@ def _jobs(
                 seed=seed,
                 audio_format=audio_format,
             )
-
-
-def make_shard(job: ShardJob) -> int:
-    """Voice and write one shard. Returns its number of dialogues."""
-    espeak = Espeak()
-    dialogues = (
-        voice_script(
-            write_script(job.split, index=index, seed=job.seed),
-            split=job.split,
-            index=index,
-            seed=job.seed,
-            espeak=espeak,
-        )
-        for index in range(job.first, job.last)
-    )
-    return write_shard(job.path, dialogues, audio_format=job.audio_format)
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which stops the jobs in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _run_jobs(jobs: list[ShardJob], *, workers: int) -> None:
-    """Make the shards, on several processes where there are several, with a progress bar."""
-    if not jobs:
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("dialogues"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("synthesizing", total=sum(job.last - job.first for job in jobs))
-        made = map(make_shard, jobs) if workers == 1 else _run_in_pool(jobs, workers=min(workers, len(jobs)))
-        for dialogues in made:
-            progress.advance(task, dialogues)
-
-
-def _run_in_pool(jobs: list[ShardJob], *, workers: int) -> Iterator[int]:
-    """Make shards on `workers` processes; yields dialogues as shards are done.
-
-    The processes are spawned, not forked: the synthesizer and torch both hold state that does not survive a fork.
-    """
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    futures: list[Future[int]] = [pool.submit(make_shard, job) for job in jobs]
-    try:
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        # After Ctrl-C or an error: shards under way are finished (a few seconds), the rest is not begun.
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finish(out: Path, splits: tuple[Split, ...], *, seed: int) -> None:

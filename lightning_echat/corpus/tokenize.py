@@ -41,7 +41,7 @@ _MAX_DIFFERENCE = 0.08
 """Seconds by which codes and audio may differ: two codes."""
 _MAX_SECONDS = 60.0
 _FIT_BLOCKS = 20_000
-"""Blocks that a codebook is fitted on, 13 minutes of speech: the fit then costs seconds, more blocks changed nothing."""
+"""Blocks that a codebook is fitted on: 13 minutes of speech, which cost the fit a second or two."""
 _TRAIN = "train"
 
 
@@ -62,17 +62,15 @@ class ShardRecord:
         dialogues: Dialogues copied.
         turns: Assistant turns that have codes now.
         codes: Codes written.
-        skipped: Reason -> turns without codes, or whole dialogues whose sidecar cannot be read.
+        skipped: Reason -> turns that got no codes.
+        left_out: Reason -> dialogues that were not copied, since no reader could take them.
     """
 
     dialogues: int = 0
     turns: int = 0
     codes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-
-    def skip(self, reason: str) -> None:
-        """Count a turn that gets no codes."""
-        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def tokenize(
@@ -110,7 +108,7 @@ def tokenize(
     jobs = [
         ShardJob(source=source, target=out / name, speech_tokenizer=speech_tokenizer)
         for name, source in sources.items()
-        if not _is_done(source, out / name, record=records.get(str(name)))
+        if not _is_done(source, out / name, record=records.get(name.as_posix()))
     ]
     _run_jobs(jobs, out=out, records=records, workers=workers or _count_cores())
     _finish(out, names=list(sources), records=records)
@@ -145,3 +143,250 @@ def find_shards(patterns: Sequence[str], *, out: Path) -> dict[Path, Path]:
 def _shard_folders(root: Path) -> list[Path]:
     """The folder and those below it that hold shards."""
     return sorted({path.parent for path in root.rglob("*.tar")})
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _fit_if_missing(folder: Path, sources: dict[Path, Path], *, codebook_size: int, seed: int) -> None:
+    """Fit and save a tokenizer unless the folder holds one, which then must have the size asked for."""
+    if (folder / CONFIG_NAME).exists():
+        size = read_config(folder).get("codebook_size")
+        if size != codebook_size:
+            raise UserError(
+                f"{folder} holds a tokenizer of {size} codes, not {codebook_size}: pass"
+                f" --codebook_size {size} or choose another folder"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no speech tokenizer: choose another folder")
+    paths = [path for name, path in sources.items() if name.parts[0] == _TRAIN] or list(sources.values())
+    Random(seed).shuffle(paths)
+    tokenizer = fit_kmeans(_collect_blocks(paths), codebook_size=codebook_size, seed=seed)
+    tokenizer.save(folder)
+    report = tokenizer.report
+    Console().print(
+        f"{folder}: {codebook_size} codes fitted on {report.blocks / tokenizer.code_rate / 60:.1f} min of speech,"
+        f" perplexity {report.perplexity:.0f}, {report.dead} unused and moved",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _collect_blocks(paths: list[Path]) -> Tensor:
+    """[at most _FIT_BLOCKS, block] of assistant speech, from as many of the shards as it takes."""
+    blocks: list[Tensor] = []
+    missing = _FIT_BLOCKS
+    for waveform in _assistant_audio(paths):
+        blocks.append(log_mel_blocks(waveform)[:missing])
+        missing -= len(blocks[-1])
+        if not missing:
+            break
+    if not blocks:
+        raise UserError("the shards hold no assistant audio to fit a speech tokenizer on")
+    return torch.cat(blocks)
+
+
+def _assistant_audio(paths: list[Path]) -> Iterator[Tensor]:
+    """Waveforms of assistant turns; what cannot be read is left out here and counted when it is tokenized."""
+    for path in paths:
+        for stored in read_shard(ShardPart(path=str(path)), counter=SkipCounter()):
+            try:
+                parsed = parse_dialogue(stored)
+            except SampleRejected:
+                continue
+            for turn, audio in zip(parsed.sample.turns, parsed.audio, strict=True):
+                if turn.role == "assistant" and audio is not None:
+                    try:
+                        yield decode_waveform(audio, max_seconds=_MAX_SECONDS)
+                    except SampleRejected:
+                        continue
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the files of a tokenizer folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != TEMPORARY_SUFFIX):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _claim_folder(out: Path, *, fingerprint: str) -> dict[str, Any]:
+    """Make the output folder ours and return what an earlier run recorded of its shards.
+
+    Raises:
+        UserError: It holds something else, or codes of another tokenizer.
+    """
+    manifest = out / _MANIFEST
+    if not manifest.exists():
+        if out.exists() and (not out.is_dir() or any(out.rglob("*.tar"))):
+            raise UserError(
+                f"{out} exists and was not made by echat data tokenize (no {_MANIFEST}): choose another folder"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        _write_manifest(out, fingerprint=fingerprint, records={})
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        made_with, records = content["speech_tokenizer"], dict(content["shards"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} cannot be read ({error!r}); remove the folder and tokenize again") from error
+    if made_with != fingerprint:
+        raise UserError(f"{out} holds codes of another speech tokenizer: choose another folder, or remove it")
+    for leftover in out.rglob(f"*.tar{TEMPORARY_SUFFIX}"):
+        leftover.unlink()
+    return records
+
+
+def _write_manifest(out: Path, *, fingerprint: str, records: dict[str, Any]) -> None:
+    """Record which tokenizer was at work and what it has done."""
+    shards = {name: records[name] for name in sorted(records)}
+    write_json(out / _MANIFEST, content={"schema": 1, "speech_tokenizer": fingerprint, "shards": shards})
+
+
+def _is_done(source: Path, target: Path, *, record: Any) -> bool:
+    """Whether the target is recorded and not older than its source."""
+    return record is not None and target.exists() and target.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
+def _run_jobs(jobs: list[ShardJob], *, out: Path, records: dict[str, Any], workers: int) -> None:
+    """Do the jobs, on several processes where there are several; each is recorded as soon as it is done."""
+    if not jobs:
+        return
+    fingerprint = _fingerprint(jobs[0].speech_tokenizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("tokenizing", total=len(jobs))
+        workers = min(workers, len(jobs))
+        done = ((job, tokenize_shard(job)) for job in jobs) if workers == 1 else _run_in_pool(jobs, workers=workers)
+        for job, record in done:
+            records[job.target.relative_to(out).as_posix()] = asdict(record)
+            _write_manifest(out, fingerprint=fingerprint, records=records)
+            progress.advance(bar)
+
+
+def _start_worker() -> None:
+    """One thread per process, and Ctrl-C left to the parent, which stops the jobs in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _run_in_pool(jobs: list[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, ShardRecord]]:
+    """Do the jobs on spawned processes (torch does not survive a fork); yields them as they are done."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    futures: dict[Future[ShardRecord], ShardJob] = {pool.submit(tokenize_shard, job): job for job in jobs}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        # After Ctrl-C or an error: shards under way are finished, the rest is not begun.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def tokenize_shard(job: ShardJob) -> ShardRecord:
+    """Copy a shard with codes in its sidecars.
+
+    Raises:
+        UserError: The shard is damaged: what follows the damage would be lost.
+    """
+    tokenizer = load_speech_tokenizer(job.speech_tokenizer)
+    record, counter = ShardRecord(), SkipCounter()
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = job.target.with_name(job.target.name + TEMPORARY_SUFFIX)
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for stored in read_shard(ShardPart(path=str(job.source)), counter=counter):
+                try:
+                    add_codes(stored, tokenizer=tokenizer, record=record)
+                except SampleRejected as error:
+                    _count(record.left_out, error.reason)
+                    continue
+                for suffix, content in stored.members.items():
+                    _add_member(tar, f"{stored.key}.{suffix}", content)
+                record.dialogues += 1
+        if counter.noticed:
+            raise UserError(f"{job.source} cannot be copied whole: {counter.summary()}")
+        temporary.replace(job.target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return record
+
+
+def _count(counts: dict[str, int], reason: str) -> None:
+    counts[reason] = counts.get(reason, 0) + 1
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a member that says nothing about time, user or machine."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
+
+
+def add_codes(stored: StoredDialogue, *, tokenizer: SpeechTokenizer, record: ShardRecord) -> None:
+    """Put codes into the sidecar of a dialogue, in place; every assistant turn is either tokenized or counted.
+
+    Codes that an assistant turn had before are of another tokenizer and are dropped when it gets no new ones.
+
+    Raises:
+        SampleRejected: The sidecar cannot be read.
+    """
+    parsed = parse_dialogue(stored)
+    # The sidecar itself is edited, so that fields nobody here knows stay.
+    sidecar = json.loads(stored.members[SIDECAR])
+    for index, turn in enumerate(parsed.sample.turns):
+        if turn.role != "assistant":
+            continue
+        sidecar["turns"][index].pop("codes", None)
+        try:
+            codes = _turn_codes(parsed, index, tokenizer=tokenizer)
+        except SampleRejected as error:
+            _count(record.skipped, error.reason)
+            continue
+        sidecar["turns"][index]["codes"] = codes
+        record.turns += 1
+        record.codes += len(codes)
+    stored.members[SIDECAR] = json.dumps(sidecar, ensure_ascii=False).encode()
+
+
+def _turn_codes(parsed: ParsedDialogue, index: int, *, tokenizer: SpeechTokenizer) -> list[int]:
+    """Codes of a turn.
+
+    Raises:
+        SampleRejected: It has no usable audio, or codes and stated duration disagree.
+    """
+    audio = parsed.audio[index]
+    if audio is None:
+        raise SampleRejected("no audio")
+    waveform = decode_waveform(audio, max_seconds=_MAX_SECONDS)
+    claimed = parsed.seconds[index]
+    seconds = waveform.numel() / SAMPLE_RATE if claimed is None else claimed
+    if tokenizer.sample_rate != SAMPLE_RATE:
+        raise UserError(f"the speech tokenizer takes {tokenizer.sample_rate} Hz, dialogues have {SAMPLE_RATE} Hz")
+    codes, lengths = tokenizer.encode(waveform[None], lengths=torch.tensor([waveform.numel()]))
+    found = codes[0, : int(lengths[0])].tolist()
+    if abs(len(found) / tokenizer.code_rate - seconds) > _MAX_DIFFERENCE:
+        raise SampleRejected("codes and duration differ", f"{len(found)} codes for {seconds:.2f} s")
+    return found
+
+
+def _finish(out: Path, *, names: list[Path], records: dict[str, Any]) -> None:
+    """An index per folder where it is missing or out of date, then one line on what there is and what was skipped."""
+    for folder in sorted({(out / name).parent for name in names}):
+        index, shards = folder / _INDEX, list(folder.glob("*.tar"))
+        if not index.exists() or any(shard.stat().st_mtime_ns > index.stat().st_mtime_ns for shard in shards):
+            write_index(folder)
+    used = [records[name.as_posix()] for name in names]
+    turns, codes = sum(record["turns"] for record in used), sum(record["codes"] for record in used)
+    line = f"{out}: {turns} turns, {codes} codes in {len(used)} shards"
+    for field_name, what in (("skipped", "turns without codes"), ("left_out", "dialogues left out")):
+        counts: Counter[str] = Counter()
+        for record in used:
+            counts.update(record[field_name])
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        line += f"; {counts.total()} {what}" + (f" ({reasons})" if reasons else "")
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)

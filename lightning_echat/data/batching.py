@@ -75,6 +75,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
         position_ids=torch.zeros(height, width, dtype=torch.long),
         document_ids=torch.zeros(height, width, dtype=torch.long),
         references=[],
+        health={},
         **_clip_fields(rows, mel_bins),
     )
     for row_number, row in enumerate(rows):

@@ -64,8 +64,8 @@ class DialogueReader:
         self.config = config
         self.counter = SkipCounter()
         self._augmentation = augmentation
-        self._tokenizer = DialogueTokenizer.from_config(config.tokens)
-        self.padding = self._tokenizer.vocabulary.padding
+        self.tokenizer = DialogueTokenizer.from_config(config.tokens)
+        self.padding = self.tokenizer.vocabulary.padding
         self._log_mel = LogMel(mel_bins=config.tokens.mel_bins)
 
     def parse(self, part: ShardPart, *, source: str, counter: SkipCounter | None = None) -> Iterator[ParsedDialogue]:
@@ -90,9 +90,9 @@ class DialogueReader:
             random: Draws augmentation and wording; without it nothing is altered and the first wording is used.
         """
         try:
-            sample = self._with_mels(parsed, task, random)
+            sample = self.with_mels(parsed, task, random=random)
             choice = random.randrange(2**16) if random else 0
-            dialogue = self._tokenizer.tokenize(sample, task, choice=choice)
+            dialogue = self.tokenizer.tokenize(sample, task, choice=choice)
             if len(dialogue.input_ids) > self.config.batching.max_ids:
                 raise SampleRejected("longer than max_ids", f"{len(dialogue.input_ids)} ids")
         except SampleRejected as error:
@@ -101,7 +101,12 @@ class DialogueReader:
         self.counter.keep()
         return dialogue
 
-    def _with_mels(self, parsed: ParsedDialogue, task: DialogueTask, random: Random | None) -> DialogueSample:
+    def with_mels(self, parsed: ParsedDialogue, task: DialogueTask, *, random: Random | None = None) -> DialogueSample:
+        """The dialogue with audio and mel of the turns that the task hears, altered where `random` is given.
+
+        Raises:
+            SampleRejected: Audio is unusable.
+        """
         heard = heard_turns(parsed.sample, task)
         sample = with_audio(parsed, turns=heard, max_seconds=self.config.max_seconds, counter=self.counter)
         for index in heard:
@@ -184,7 +189,7 @@ class _Stream(IterableDataset[PackedBatch]):
 class TrainingStream(_Stream):
     """Endless batches from a mixture of sources.
 
-    `resume_step` enters every seed: a run that goes on from a checkpoint draws a new order instead of the old one again.
+    `resume_step` enters every seed: a run that goes on from a checkpoint draws a new order, not the old one again.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ def _expand(pattern: str) -> list[str]:
         elif path.is_file():
             paths += [str(path)] if _is_tar(path) else _list_file(path)
         else:
-            matches = sorted(glob(str(path)))
+            matches = sorted(glob(str(path)))  # noqa: PTH207  # Path.glob takes no absolute pattern
             if not matches:
                 raise UserError(_nothing_matches(pattern, path))
             paths += matches

@@ -239,6 +239,24 @@ def _sidecars(path: Path) -> Iterable[dict[str, Any]]:
                 yield json.load(file)
 
 
+def _describe_shard(path: Path, *, labels: dict[str, Counter[str]]) -> dict[str, Any]:
+    """What the index says of one shard; the labels of its user turns are added to `labels`."""
+    samples, seconds = 0, 0.0
+    try:
+        for sidecar in _sidecars(path):
+            samples += 1
+            for turn in sidecar["turns"]:
+                seconds += turn.get("seconds", 0.0)
+                for label_set, label in turn.get("labels", {}).items() if turn["role"] == "user" else ():
+                    labels.setdefault(label_set, Counter())[label] += 1
+    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a shard of dialogues: {error!r}") from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    return {"file": path.name, "samples": samples, "seconds": round(seconds, 3), "bytes": size, "sha256": digest}
+
+
 def write_index(folder: Path) -> dict[str, Any]:
     """Describe the shards of a folder in `index.json` from what is in them, and return that description.
 
@@ -250,30 +268,8 @@ def write_index(folder: Path) -> dict[str, Any]:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no shard (*.tar)")
-    shards: list[dict[str, Any]] = []
     labels: dict[str, Counter[str]] = {}
-    for path in paths:
-        samples, seconds = 0, 0.0
-        try:
-            for sidecar in _sidecars(path):
-                samples += 1
-                for turn in sidecar["turns"]:
-                    seconds += turn.get("seconds", 0.0)
-                    for label_set, label in turn.get("labels", {}).items() if turn["role"] == "user" else ():
-                        labels.setdefault(label_set, Counter())[label] += 1
-        except (tarfile.TarError, json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{path} is not a shard of dialogues: {error!r}") from error
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append(
-            {
-                "file": path.name,
-                "samples": samples,
-                "seconds": round(seconds, 3),
-                "bytes": path.stat().st_size,
-                "sha256": digest,
-            }
-        )
+    shards = [_describe_shard(path, labels=labels) for path in paths]
     index = {
         "schema": SCHEMA,
         "shards": shards,

@@ -16,7 +16,7 @@ from lightning_echat.data.batching import collate
 from lightning_echat.data.decoding import decode_waveform
 from lightning_echat.data.log_mel import LogMel
 from lightning_echat.decoding import DecodingConfig, generate
-from lightning_echat.nn.token2wav.interface import SpeechTokenizer, load_speech_tokenizer
+from lightning_echat.nn.token2wav.interface import Token2Wav, load_token2wav
 from lightning_echat.nn.weights import TrainedModel, load_trained
 from lightning_echat.tokens.tasks import DialogueTask
 from lightning_echat.tokens.thinking import ThinkingForm, parse_thinking
@@ -101,12 +101,12 @@ def chat(
         sys.stdout.write(json_format.dumps({"turns": [asdict(a) for a in answers]}, ensure_ascii=False) + "\n")
 
 
-def open_voice(trained: TrainedModel, folder: Path | None) -> SpeechTokenizer:
+def open_voice(trained: TrainedModel, folder: Path | None) -> Token2Wav:
     """The speech tokenizer given, or else the one that the checkpoint was trained with."""
     place = folder or (Path(trained.tokens.speech_tokenizer) if trained.tokens.speech_tokenizer else None)
     if place is None:
         raise UserError(f"{trained.path} names no speech tokenizer; give --speech_tokenizer FOLDER")
-    voice = load_speech_tokenizer(place)
+    voice = load_token2wav(place)
     if voice.codebook_size != trained.tokens.codebook_size:
         raise UserError(
             f"speech tokenizer {place} has {voice.codebook_size} codes but the model speaks "
@@ -130,7 +130,7 @@ def _answer(trained: TrainedModel, turns: list[Turn], task: DialogueTask, config
     return generate(trained.model, batch, trained.tokenizer, config)[0]
 
 
-def _speak(answer: ChatAnswer, reply: GeneratedReply, voice: SpeechTokenizer, target: Path) -> ChatAnswer:
+def _speak(answer: ChatAnswer, reply: GeneratedReply, voice: Token2Wav, target: Path) -> ChatAnswer:
     """Turn the codes into a waveform and write it; an answer without codes stays silent."""
     if reply.speech_codes.numel() == 0:
         return answer

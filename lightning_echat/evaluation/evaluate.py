@@ -1,7 +1,7 @@
 """`echat evaluate`: a checkpoint answers the evaluation sets, the judge scores, and report.json says how it went.
 
-Three kinds of question are put to the model: what is said and how (understanding), the dialogue itself with thinking and
-a spoken reply, and, as a control, the same dialogue as text only. Every answer is stored in `OUT/evaluation/`; answers
+Three kinds of question are put to the model: what is said and how (understanding), the dialogue itself with thinking
+and a spoken reply, and, as a control, the same dialogue as text only. Every answer is stored in `OUT/evaluation/`; answers
 that are already there, made by the same checkpoint with the same settings, are not made again.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from lightning_echat.evaluation.records import (
 )
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
 from lightning_echat.evaluation.summary import summarize, write_report_json
-from lightning_echat.nn.token2wav.interface import SpeechTokenizer
+from lightning_echat.nn.token2wav.interface import Token2Wav
 from lightning_echat.nn.weights import TrainedModel, load_trained
 from lightning_echat.tokens.tasks import SpeechLayout
 from lightning_echat.tokens.thinking import ThinkingForm
@@ -44,7 +45,7 @@ from lightning_echat.tokens.thinking import ThinkingForm
 _LABELS = ("age", "gender", "emotion", "event")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
     """A named set of dialogues.
 
@@ -57,8 +58,8 @@ class EvaluationSet:
     shards: list[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationConfig:
+@dataclass(frozen=True, kw_only=True)
+class QuestionConfig:
     """How questions are put.
 
     Attributes:
@@ -84,7 +85,7 @@ def evaluate(
     sets: list[EvaluationSet],
     out: Path,
     *,
-    config: EvaluationConfig | None = None,
+    questions: QuestionConfig | None = None,
     speech_tokenizer: Path | None = None,
     seed: int = 0,
 ) -> None:
@@ -94,22 +95,24 @@ def evaluate(
         checkpoint: A .ckpt file or the folder of a run.
         sets: Understanding is measured on all of them, dialogue on the first.
         out: The run folder. What stages and data left there (stage_summary.json, data_health.json) joins the report.
-        config: How questions are put.
+        questions: How they are put.
         speech_tokenizer: Folder of the speech tokenizer, where the checkpoint names none that still exists.
         seed: Of the bootstrap intervals.
     """
     started = time.perf_counter()
-    config = config or EvaluationConfig()
+    questions = questions or QuestionConfig()
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer)
-    judge = RubricJudge(config.rubric)
-    asked = _Questions(trained=trained, voice=voice, config=config, folder=out / "evaluation")
+    judge = RubricJudge(questions.rubric)
+    asked = _Questions(trained=trained, voice=voice, config=questions, folder=out / "evaluation")
     understanding = [
         record
         for entry in sets
-        for record in asked.answers(entry, TaskConfig(kind="transcribe_and_label", labels=config.labels), "understanding")
+        for record in asked.answers(
+            entry, TaskConfig(kind="transcribe_and_label", labels=questions.labels), "understanding"
+        )
     ]
-    spoken = TaskConfig(kind="speech_to_speech", thinking=config.thinking, layout=config.layout)
+    spoken = TaskConfig(kind="speech_to_speech", thinking=questions.thinking, layout=questions.layout)
     dialogues = score_records(asked.answers(sets[0], spoken, "dialogues", audio=True), judge=judge)
     blind = score_records(asked.answers(sets[0], TaskConfig(kind="text_to_text"), "text_only"), judge=judge)
     for name, records in (("dialogues", dialogues), ("text_only", blind)):
@@ -134,8 +137,8 @@ class _Questions:
     """Puts one kind of question to one model and stores the answers."""
 
     trained: TrainedModel
-    voice: SpeechTokenizer
-    config: EvaluationConfig
+    voice: Token2Wav
+    config: QuestionConfig
     folder: Path
     checkpoint_hash: str = ""
 
@@ -147,17 +150,13 @@ class _Questions:
         settings = json.dumps([self.checkpoint_hash, kind, expand_shards(entry.shards), repr(self.config)])
         return hashlib.sha256(settings.encode()).hexdigest()
 
-    def answers(
-        self, entry: EvaluationSet, task: TaskConfig, kind: str, *, audio: bool = False
-    ) -> list[AnswerRecord]:
+    def answers(self, entry: EvaluationSet, task: TaskConfig, kind: str, *, audio: bool = False) -> list[AnswerRecord]:
         """The stored answers to a set, asking what is not there yet."""
         name = kind if kind != "understanding" else f"understanding-{entry.name.replace(' ', '_')}"
         made_by = self.made_by(entry, kind)
         with RecordWriter(self.folder, name=name, made_by=made_by) as writer:
             for number, generated in enumerate(self._generate(entry, task, done=writer.done)):
-                record = record_of(
-                    generated, set_name=entry.name, fmt=self.trained.tokenizer.prompt_set.thinking
-                )
+                record = record_of(generated, set_name=entry.name, fmt=self.trained.tokenizer.prompt_set.thinking)
                 if generated.reference.key in writer.done:
                     continue
                 keep = audio and number % 16 == 0 and number // 16 < self.config.audio_items
@@ -176,11 +175,9 @@ class _Questions:
 
     def _waveforms(self, generated: GeneratedReply) -> dict[str, Any]:
         sounds: dict[str, Any] = {}
-        try:
+        # Without its query's sound an answer counts all the same, and the report says that it has none.
+        with suppress(SampleRejected):
             sounds["query"] = read_query_audio(generated.reference)
-        except SampleRejected:
-            # The answer counts all the same; the report says that the query has no sound.
-            pass
         if generated.speech_codes.numel():
             sounds["reply"] = self.voice.decode(generated.speech_codes)
         return sounds

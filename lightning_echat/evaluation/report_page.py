@@ -23,6 +23,11 @@ DIALOGUES_SHOWN = 8
 
 _POINTS_DRAWN = 300
 
+_SECTIONS = frozenset(
+    {"seconds", "machine", "versions", "stages", "understanding", "thinking", "empathy", "speech", "data"}
+)
+"""Parts of a report that have a place of their own on the page; all others are listed as they are."""
+
 
 def report(run: Path, *, out: Path | None = None) -> Path:
     """Make one HTML page of a run folder.
@@ -65,6 +70,7 @@ def _page_content(run: RunFolder) -> dict[str, Any]:
     return {
         "name": run.path.resolve().name,
         "report": report,
+        "other_facts": {key: value for key, value in report.items() if key not in _SECTIONS},
         "categories": CATEGORIES,
         "systems": systems,
         "score_plot": draw_scores(_scores(systems), name="scores") if systems else None,
@@ -80,7 +86,8 @@ def _scores(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 def _stages(run: RunFolder) -> list[dict[str, Any]]:
     """For each stage that left curves: its drawings, and the last value of what is not drawn."""
     order = list(run.report.get("stages") or {})
-    names = sorted(run.curves, key=lambda name: (order.index(name) if name in order else len(order), name))
+    places = {name: [order.index(part) for part in name.split("/") if part in order] for name in run.curves}
+    names = sorted(run.curves, key=lambda name: (places[name] or [len(order)], name))
     stages = []
     for name in names:
         curves = run.curves[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class RunFolder:
     Attributes:
         path: The folder.
         report: The content of `report.json`.
-        curves: Stage -> metric -> steps and values, from every `metrics.csv`.
+        curves: Stage (its folder) -> metric -> steps and values, from every `metrics.csv`.
         answers: Name of the answers (dialogues, text_only, …) -> records, from `evaluation/*.jsonl`.
     """
 
@@ -71,8 +72,10 @@ def _read_curves(path: Path) -> dict[str, dict[str, Series]]:
     """Curves by stage. A stage that was resumed has several files; they continue one another."""
     points: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for file in sorted(path.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime):
-        parts = file.relative_to(path).parts
-        stage = parts[0] if len(parts) > 1 else path.name
+        folders = file.relative_to(path).parent.parts
+        # What a CSVLogger calls its own folder says nothing about the stage.
+        named = [name for name in folders if not re.fullmatch(r"version_\d+|metrics", name)]
+        stage = "/".join(named) or path.resolve().name
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
                 _add_row(points[stage], row, file=file)

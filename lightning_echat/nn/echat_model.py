@@ -18,7 +18,7 @@ from lightning_echat.tokens.vocabulary import Vocabulary
 _DUMMY_FRAMES = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """The parts of the network.
 

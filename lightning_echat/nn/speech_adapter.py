@@ -17,7 +17,7 @@ from lightning_echat.nn.speech_encoder import length_mask
 from lightning_echat.tokens.speech_timing import strided_length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeechAdapterConfig:
     """Sizes of the adapter; the defaults are the reference's.
 

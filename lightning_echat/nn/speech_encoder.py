@@ -23,7 +23,7 @@ from lightning_echat.contracts import UserError
 from lightning_echat.tokens.speech_timing import strided_length
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeechEncoderConfig:
     """Sizes of the speech encoder, and where its weights come from.
 

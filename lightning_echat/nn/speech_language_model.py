@@ -18,7 +18,7 @@ from lightning_echat.contracts import UserError
 from lightning_echat.tokens.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank adaptation of the language model through PEFT.
 
@@ -33,7 +33,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
     """Which language model, and where its weights come from.
 

@@ -24,7 +24,7 @@ from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensCo
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class AuxiliaryWeights:
     """Weights of the auxiliary losses on the encoder; they need `network.auxiliary_labels`.
 

@@ -5,8 +5,8 @@ A row of one dialogue reads, with * where the loss counts (the target of a posit
     system | [user query · assistant reply end]… | user [instruction] query · assistant target*
 
 A spoken query is `input_speech_begin`, one placeholder per adapter output, `input_speech_end`. The target is the
-answer's text and its end of text, then for spoken targets the speech ids between boundaries, or both interleaved. Earlier turns
-hold the reply's text alone: what the model thought and how it sounded is not carried along.
+answer's text and its end of text, then for spoken targets the speech ids between boundaries, or both interleaved.
+Earlier turns hold the reply's text alone: what the model thought and how it sounded is not carried along.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class DialogueTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text ids -> text, added tokens kept."""
-        return self.tokenizer.decode([i for i in ids if i < len(self.tokenizer)], skip_special_tokens=False)
+        known = [i for i in ids if i < len(self.tokenizer)]
+        # A list of ids gives a string; the list that the annotation also allows belongs to batches.
+        return str(self.tokenizer.decode(known, skip_special_tokens=False))
 
     def tokenize(self, sample: DialogueSample, task: DialogueTask, *, choice: int = 0) -> TokenizedDialogue:
         """The dialogue with its target: the last turn's, of the role that the task is about.

@@ -1,4 +1,4 @@
-"""Prompt sets: every word around a dialogue, as data. YAML selects one by name, or by the path of a file of one's own."""
+"""Prompt sets: every word around a dialogue, as data. YAML selects one by name, or a file of one's own by path."""
 
 from __future__ import annotations
 

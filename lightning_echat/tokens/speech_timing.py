@@ -1,8 +1,7 @@
-"""How many adapter outputs an utterance of so many mel frames yields: the one formula that placeholders, encoder and
-adapter agree on.
+"""How many adapter outputs an utterance of so many mel frames yields.
 
-Every strided convolution of the path maps n valid frames to ceil(n / stride), by each clip's own length and never by
-the padded length of its batch.
+This is the one formula that placeholders, encoder and adapter agree on. Every strided convolution of the path maps n
+valid frames to ceil(n / stride), by each clip's own length and never by the padded length of its batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The tasks a dialogue can be turned into. A task is an entry of this table and a few options, never an `if` elsewhere."""
+"""The tasks a dialogue can be turned into. A task is an entry of this table and a few options, no `if` elsewhere."""
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,6 +94,32 @@ class DialogueTask:
         if self.layout != "sequential":
             parts.append(self.layout)
         return ".".join(parts)
+
+
+def task_from_name(name: str, *, labels: tuple[str, ...] = ()) -> DialogueTask:
+    """A task from its name (see `DialogueTask.name`) and its label sets, which only the labelling kinds look at.
+
+    Raises:
+        UserError: There is no such task, with the nearest that there is.
+    """
+    if name not in ALL_TASK_NAMES:
+        near = difflib.get_close_matches(name, ALL_TASK_NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ALL_TASK_NAMES)}"
+        raise UserError(f"unknown task {name!r}; {hint}")
+    kind, *options = name.split(".")
+    kinds: dict[str, TaskKind] = {known: known for known in TASKS}
+    known_kind = kinds[kind]
+    thinking: ThinkingForm = "none"
+    if "label_thinking" in options:
+        thinking = "label"
+    elif "natural_thinking" in options:
+        thinking = "natural"
+    return DialogueTask(
+        kind=known_kind,
+        labels=labels if TASKS[known_kind].labels else (),
+        thinking=thinking,
+        layout="interleaved" if "interleaved" in options else "sequential",
+    )
 
 
 def traits_of(task_name: str) -> TaskTraits:

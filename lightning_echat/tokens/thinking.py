@@ -7,7 +7,8 @@ Two forms hold the same facts. The label form lists them under names:
 
 The natural form says them in a sentence:
 
-    <think>an old woman says: could you find a quiet cafe. she sounds sad and she coughs. i will sound comforting.<think end>
+    <think>an old woman says: could you find a quiet cafe. the voice sounds sad and coughs. i will sound comforting.
+    <think end>
 
 A corpus may bring its own natural-language thinking; it is used as it is and parsed as far as these words go. The
 wording is data (`ThinkingFormat`), so that a prompt set can carry another language or a released model's form.

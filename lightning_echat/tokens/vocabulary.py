@@ -35,14 +35,15 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, text_size: int, codebook_size: int) -> Vocabulary:
         """Read the end of text from a tokenizer; `UserError` when the sizes cannot hold it."""
-        if tokenizer.eos_token_id is None:
+        end_of_text = tokenizer.eos_token_id
+        if not isinstance(end_of_text, int):
             raise UserError(f"tokenizer {tokenizer.name_or_path!r} names no eos_token; give one that ends a chat turn")
         if len(tokenizer) > text_size:
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} ids but text_vocabulary_size is {text_size}; "
-                f"set text_vocabulary_size to the rows of the language model's embedding"
+                f"tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} ids but text_vocabulary_size is "
+                f"{text_size}; set text_vocabulary_size to the rows of the language model's embedding"
             )
-        return cls(text_size=text_size, codebook_size=codebook_size, end_of_text=int(tokenizer.eos_token_id))
+        return cls(text_size=text_size, codebook_size=codebook_size, end_of_text=end_of_text)
 
     @property
     def speech_size(self) -> int:

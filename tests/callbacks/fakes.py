@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,11 +92,11 @@ class FakeData(LightningDataModule):
     """Lists of ready batches."""
 
     def __init__(
-        self, *, train: Sequence[PackedBatch] = (), validation: dict[str, Sequence[PackedBatch]] | None = None
+        self, *, train: Sequence[PackedBatch] = (), validation: Mapping[str, Sequence[PackedBatch]] | None = None
     ) -> None:
         super().__init__()
         self.batches = list(train)
-        self.validation = validation or {}
+        self.validation = dict(validation or {})
 
     @property
     def validation_names(self) -> list[str]:

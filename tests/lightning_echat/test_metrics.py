@@ -35,9 +35,7 @@ def test_normalisation_drops_case_and_punctuation_and_closes_apostrophes() -> No
 
 
 def test_an_understanding_answer_is_words_and_the_tags_that_were_asked_for() -> None:
-    answer = parse_answer(
-        reply("where is it<sad><old>", task="transcribe_and_label", asked_labels=("emotion", "age"))
-    )
+    answer = parse_answer(reply("where is it<sad><old>", task="transcribe_and_label", asked_labels=("emotion", "age")))
     assert answer.transcribes and not answer.thinks
     assert answer.transcript == "where is it"
     assert answer.labels == {"emotion": "sad", "age": "old"}
@@ -56,7 +54,9 @@ def test_a_thoughtful_answer_is_read_in_either_form(form: str) -> None:
         text = write_label_thinking("where is it", labels, "comforting")
     else:
         text = f"<think>{write_natural_thinking('where is it', labels, 'comforting')}<think end>"
-    answer = parse_answer(reply(f"{text}i am sorry", task=f"speech_to_speech.{form}_thinking.interleaved", labels=labels))
+    answer = parse_answer(
+        reply(f"{text}i am sorry", task=f"speech_to_speech.{form}_thinking.interleaved", labels=labels)
+    )
     assert answer.thinks and answer.well_formed and answer.transcribes
     assert set(answer.asked_labels) == set(labels)
     assert (answer.transcript, answer.labels, answer.reply_emotion) == ("where is it", labels, "comforting")
@@ -87,7 +87,9 @@ def test_an_unparsed_answer_is_a_wrong_answer() -> None:
 def test_macro_f1_is_that_of_torchmetrics_where_everything_is_parsed() -> None:
     generator = torch.Generator().manual_seed(0)
     truths = torch.randint(0, 5, (200,), generator=generator)
-    answers = torch.where(torch.rand(200, generator=generator) < 0.6, truths, torch.randint(0, 5, (200,), generator=generator))
+    answers = torch.where(
+        torch.rand(200, generator=generator) < 0.6, truths, torch.randint(0, 5, (200,), generator=generator)
+    )
     names = LABEL_SETS["emotion"]
     metric = LabelAccuracy("emotion")
     metric.update([names[i] for i in answers], [names[i] for i in truths])
@@ -121,7 +123,9 @@ def test_what_has_no_data_is_absent_and_not_zero() -> None:
 
 def test_thinking_that_cannot_be_read_lowers_rate_accuracy_and_words_alike() -> None:
     labels = {"emotion": "sad"}
-    good = reply(write_label_thinking("a b", labels, "calm") + "ok", task="speech_to_text.label_thinking", labels=labels)
+    good = reply(
+        write_label_thinking("a b", labels, "calm") + "ok", task="speech_to_text.label_thinking", labels=labels
+    )
     bad = reply("<think>words: a b ; emotion: <sad", task="speech_to_text.label_thinking", labels=labels)
     lost = reply("ok", task="speech_to_text.label_thinking", labels=labels)
     for answer in (good, bad, lost):

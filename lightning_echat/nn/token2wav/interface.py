@@ -96,7 +96,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"no speech tokenizer in {folder} (no {CONFIG_NAME}); make one with echat data tokenize --fit true")
+        raise UserError(
+            f"no speech tokenizer in {folder} (no {CONFIG_NAME}); make one with echat data tokenize --fit true"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -41,6 +41,10 @@ def write(folder, rows):
     return folder / "manifest.jsonl"
 
 
+def seconds(dialogue):
+    return dialogue.turns[0].audio.numel() / SAMPLE_RATE
+
+
 def read(out):
     paths = sorted(out.glob("*.tar"))
     return [
@@ -60,7 +64,7 @@ def test_a_users_dialogues_and_audio_become_shards_that_read_back(folder):
     assert (second.speaker, second.voice_type) == ("anna", "studio")
     assert first.turns[1].thinking == "a man"
     assert first.turns[0].labels == {"emotion": "sad"}
-    assert first.turns[0].audio.numel() == second.turns[0].audio.numel() == SAMPLE_RATE // 2
+    assert seconds(first) == seconds(second) == 0.5
     assert third.turns[0].audio is None
     index = json.loads((folder / "out" / "index.json").read_text())
     assert (index["samples"], len(index["shards"])) == (3, 2)
@@ -121,4 +125,6 @@ def test_audio_that_resampling_pushes_over_full_scale_is_scaled_not_lost(folder)
     square = np.sign(np.sin(2 * np.pi * 300 * np.arange(48_000) / 48_000))
     soundfile.write(folder / "wav" / "a.wav", square, 48_000)
     pack(write(folder, [good()]), folder / "out")
-    assert float(read(folder / "out")[0].turns[0].audio.abs().max()) <= 1.0
+    audio = read(folder / "out")[0].turns[0].audio
+    assert audio is not None
+    assert 0.9 < float(audio.abs().max()) <= 1.0

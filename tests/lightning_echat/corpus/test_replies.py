@@ -19,9 +19,9 @@ from lightning_echat.tokens.paralinguistics import REPLY_EMOTIONS, check_label
 from lightning_echat.tokens.thinking import parse_thinking, wrap_thinking
 
 TRAIN = Split(name="train", number=0, dialogues=3000, speakers=300)
-ALL_LABELS = [
-    dict(zip(("age", "gender", "emotion", "event"), combination, strict=True))
-    for combination in itertools.product(AGES, GENDERS, ("neutral", *EMOTIONS), ("none", *EVENTS))
+ALL_LABELS: list[dict[str, str]] = [
+    {"age": age, "gender": gender, "emotion": emotion, "event": event}
+    for age, gender, emotion, event in itertools.product(AGES, GENDERS, ("neutral", *EMOTIONS), ("none", *EVENTS))
 ]
 
 
@@ -108,7 +108,7 @@ def test_words_say_nothing_about_the_labels():
 
 def test_no_query_names_a_cue():
     telling = set(words_of(" ".join([*OPENERS.values(), *ADDRESSES.values(), *EVENT_PHRASES.values()])))
-    telling -= {"i", "a", "do", "not", "what", "you", "your", "am", "like"}
+    telling -= {"i", "a", "do", "not", "what", "you", "your", "am", "like", "how"}
     asked = {word for reserved in (True, False) for group in queries_of(reserved=reserved) for query in group
              for word in words_of(query.text)}  # fmt: skip
     assert not telling & asked
@@ -126,6 +126,7 @@ def test_label_marginals_are_as_documented():
 
 def test_thinking_says_what_the_labels_say_and_parses_back():
     for exchange in all_exchanges(200):
+        assert exchange.thinking is not None
         parsed = parse_thinking(wrap_thinking(exchange.thinking) + exchange.reply)
         assert parsed.well_formed
         assert parsed.labels == exchange.labels

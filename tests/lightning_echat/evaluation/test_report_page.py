@@ -74,9 +74,16 @@ def run(tmp_path, make_record):
         seed=0,
     )
     stages = {"understanding": {"seconds": 61.0, "steps": 900, "loss_first": 3.0, "loss_last": 0.5}}
-    data = {"samples": 3600, "skipped": {"audio too long": 3}, "padding_share": 0.07}
+    data = {
+        "samples": 3600,
+        "skipped": {"audio too long": 3},
+        "padding_share": 0.07,
+        "stages": {"empathy": {"positions": 77}},
+    }
     made_with = {"machine": machine_facts(), "versions": package_versions()}
-    write_report_json(folder / "report.json", {"seconds": 90.0, "stages": stages, "data": data, **made_with, **summary})
+    write_report_json(
+        folder / "report.json", {"seconds": 90.0, "seed": 4711, "stages": stages, "data": data, **made_with, **summary}
+    )
     training = [{"step": step, "epoch": 0, "train/loss": 3.0 - step / 10} for step in range(20)]
     validation = [{"step": 19, "epoch": 0, "val/voices/wer": 0.25, "perf/tokens_per_second": 1234.0}]
     write_metrics(folder / "understanding" / "version_0" / "metrics.csv", [*training, *validation])
@@ -89,7 +96,17 @@ def test_the_page_shows_every_part_of_a_run_and_needs_nothing_from_outside(run):
     text = target.read_text()
     page = Page(text)
     assert "Not in this run" not in page.text.replace("Not in this run: the query's audio", "")
-    for expected in ("100.0 %", "audio too long: 3", "1 min 1 s", "train/loss", "val/voices/wer", "text only", "1,234"):
+    for expected in (
+        "100.0 %",
+        "audio too long: 3",
+        "1 min 1 s",
+        "train/loss",
+        "val/voices/wer",
+        "text only",
+        "1,234",
+        "77",
+        "4,711",
+    ):
         assert expected in page.text, expected
     links = [value for _, found in page.attributes for name, value in found.items() if name in ("src", "href")]
     assert all(value.startswith(("data:", "#")) for value in links)
@@ -139,6 +156,15 @@ def test_the_curves_of_a_resumed_stage_continue_one_another(tmp_path):
     steps, values = read_run(tmp_path).curves["s"]["loss"]
     assert steps.tolist() == list(range(9))
     assert values.tolist() == [1.0] * 4 + [2.0] * 5
+
+
+def test_stages_never_share_a_curve_however_deep_their_logs_stand(tmp_path):
+    for stage, folder in (("understanding", "metrics"), ("empathy", "version_0")):
+        write_metrics(tmp_path / "logs" / stage / folder / "metrics.csv", [{"step": 1, "loss": 1.0}])
+    write_report_json(tmp_path / "report.json", {"stages": {"understanding": {}, "empathy": {}}})
+    page = Page(report(tmp_path).read_text())
+    assert 0 < page.text.index("logs/understanding") < page.text.index("logs/empathy")
+    assert "logs/understanding/metrics" not in page.text
 
 
 def test_a_drawing_is_an_svg_that_takes_the_colour_of_the_page_and_shares_no_ids():
