@@ -8,6 +8,10 @@ PINS := constraints.txt pyproject.toml
 PINS_HASH := $(shell cat $(PINS) | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(PINS_HASH)
 
+ifeq ($(filter $(BUDGET),short long),)
+  $(error BUDGET is short or long, not '$(BUDGET)')
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help environment quickstart test test-all check
 
@@ -28,7 +32,6 @@ $(STAMP):
 	@echo "environment: ready"
 
 quickstart: $(STAMP) ## corpus, three stages, evaluation and report on this machine's CPU (BUDGET=long: 45 minutes)
-	@case "$(BUDGET)" in short|long) ;; *) echo "BUDGET is short or long, not '$(BUDGET)'" >&2; exit 2;; esac
 	@$(BIN)/echat run experiments/quickstart/recipe.yaml $(if $(filter long,$(BUDGET)),--set budget=long)
 
 test: $(STAMP) ## the test suite, without what takes long

@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.answering import answering_stage, validation_names
-from callbacks.query_audio import read_query_audio
 from lightning_echat.contracts import SAMPLE_RATE, GeneratedReply, PackedBatch, SampleRejected, UserError
+from lightning_echat.data.query_audio import read_query_audio
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
 from lightning_echat.metrics import ParsedAnswer, parse_answer
 from lightning_echat.nn.token2wav.interface import Token2Wav, load_token2wav
@@ -45,13 +45,13 @@ class DialoguePanel(Callback):
     """Logs the first dialogues of every validation set to W&B as a table `val/<set>/dialogues`.
 
     A row holds the query to listen to, its labels and words, what the model heard, its thinking, its reply in words and
-    as audio, and the rubric judge's score. A query that cannot be read again, and a reply without `token2wav`,
-    have an empty cell.
+    as audio, and the rubric judge's score. A query that cannot be read again has an empty cell.
 
     Args:
         rows: Dialogues of each set, all from its first batch.
         every_n_validations: One table for so many validations, beginning with the first.
-        token2wav: Folder of what turns speech codes into a waveform; none for no reply audio.
+        token2wav: Folder of what turns speech codes into a waveform, where it is not the stage's `tokens.speech_tokenizer`;
+            with neither there is no reply audio.
         rubric: Name of a shipped rubric, or path of a YAML file.
     """
 
@@ -79,8 +79,9 @@ class DialoguePanel(Callback):
         answering_stage(pl_module, callback=self)
         if not _wandb_loggers(trainer) and not getattr(trainer, "fast_dev_run", False):
             raise UserError("DialoguePanel writes W&B tables; give trainer.logger a WandbLogger or take it out")
-        if self.token2wav is not None and trainer.is_global_zero:
-            self._decoder = load_token2wav(Path(self.token2wav))
+        folder = self.token2wav or getattr(getattr(pl_module, "tokens", None), "speech_tokenizer", None)
+        if folder and trainer.is_global_zero:
+            self._decoder = load_token2wav(Path(folder))
 
     def on_validation_batch_end(
         self,

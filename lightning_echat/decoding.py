@@ -52,6 +52,8 @@ def generate(
     Returns:
         One reply per reference, in their order.
     """
+    if not batch.references:
+        return []
     started = time.perf_counter()
     prompts = extract_prompts(batch, padding=tokenizer.vocabulary.padding)
     embeddings, _, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))

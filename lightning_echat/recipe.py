@@ -157,7 +157,7 @@ def _variables(given: Mapping[str, Any], overrides: Sequence[str], path: Path) -
 
 def _choose(choices: Mapping[str, Any], variables: Mapping[str, str], where: str) -> str:
     """{by: budget, short: 100, long: 900} -> 900, where budget is long."""
-    by = choices.get("by")
+    by = str(choices.get("by", ""))
     if by not in variables:
         raise UserError(f"{where}: a choice names the variable above it that decides, as in {{by: budget, short: 1}}")
     known = [str(name) for name in choices if name != "by"]

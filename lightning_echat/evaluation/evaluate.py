@@ -216,7 +216,7 @@ def _total_health(per_stage: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for reason, count in health.get("skipped", {}).items():
             skipped[reason] = skipped.get(reason, 0) + count
     positions = sum(health.get("positions", 0) for health in per_stage.values())
-    padding = sum(health.get("positions", 0) * health["padding_share"] for health in per_stage.values())
+    padding = sum(health.get("positions", 0) * (health.get("padding_share") or 0.0) for health in per_stage.values())
     return {
         "samples": sum(health.get("samples", 0) for health in per_stage.values()),
         "skipped": skipped,

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from lightning_echat.contracts import EChatOutput, GeneratedReply, PackedBatch
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
+from lightning_echat.metrics import MeanTokenLoss
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weights import load_from, stored_settings
@@ -83,7 +83,7 @@ class EChatStage(L.LightningModule):
         self.dialogue_tokenizer = DialogueTokenizer.from_config(tokens)
         self.model: EChatModel | None = None
         self._window_tokens: Tensor | None = None
-        self._validation_losses: dict[str, MeanMetric] = {}
+        self._validation_losses: dict[str, MeanTokenLoss] = {}
         self._answered: tuple[PackedBatch, list[GeneratedReply]] | None = None
 
     def configure_model(self) -> None:
@@ -116,7 +116,7 @@ class EChatStage(L.LightningModule):
         """One running mean per validation set and kind of target, on every rank alike."""
         names = self._validation_names()
         self._validation_losses = {
-            f"val/{name}/loss/{kind}": MeanMetric(nan_strategy="ignore").to(self.device)
+            f"val/{name}/loss/{kind}": MeanTokenLoss().to(self.device)
             for name in names
             for kind in ("text", "speech")
         }
@@ -125,15 +125,14 @@ class EChatStage(L.LightningModule):
         """Add the batch to its set's mean loss per supervised id."""
         _, loss = self._losses(batch)
         name = self._validation_names()[dataloader_idx]
-        for kind, value, count in _means(loss):
-            if count:
-                self._validation_losses[f"val/{name}/loss/{kind}"].update(value, count)
+        self._validation_losses[f"val/{name}/loss/text"].update(loss.text, loss.num_text)
+        self._validation_losses[f"val/{name}/loss/speech"].update(loss.speech, loss.num_speech)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means, reduced over ranks; a kind that no batch held is left out."""
+        """Log the means, reduced over ranks; a kind of target that no batch held is left out."""
         for key, metric in self._validation_losses.items():
             value = metric.compute()
-            if metric.update_count and not torch.isnan(value):
+            if not torch.isnan(value):
                 self.log(key, value)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
