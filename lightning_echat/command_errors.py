@@ -7,12 +7,13 @@ whatever it does not recognise is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 import yaml
 
@@ -140,7 +141,8 @@ def explain_parse_error(message: str, *, known_keys: Iterable[str], files: Seque
         word = match[1].split()[0].partition("=")[0]
         key = word.lstrip("-")
         return _unknown_key(key, known_keys, ()) if word.startswith("-") else f"unexpected argument {word!r}"
-    where = ".init_args.".join(re.findall(r'Parser key "([^"]+)":?', message))
+    first, *inner = re.findall(r'Parser key "([^"]+)":?', message) or [""]
+    where = ".".join([first, "init_args", *inner] if inner else [first])
     if match := re.search(r"Problem with given class_path '([^']+)':\n(.*)", message, flags=re.DOTALL):
         return _explain_class(where, match[1], match[2], files)
     detail = _explain_value(message)
@@ -174,16 +176,41 @@ def _explain_class(where: str, class_path: str, detail: str, files: Sequence[Pat
 
 
 def _arguments_of(class_path: str) -> list[str]:
-    """Dotted names of all arguments of a class; none where it cannot be read, which costs only the hint."""
+    """Names of all arguments of a class: dotted for the nested ones, and the fields of every config inside.
+
+    None where the class cannot be read, which costs only the hint.
+    """
     from jsonargparse import ArgumentParser
 
     module, _, name = class_path.rpartition(".")
     try:
+        owner = getattr(importlib.import_module(module), name)
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
-        return list(parser.get_defaults().keys())
+        parser.add_class_arguments(owner, fail_untyped=False)
+        return [*parser.get_defaults().keys(), *_field_names(list(get_type_hints(owner.__init__).values()))]
     except Exception:  # any failure here would hide the mistake that is being explained
         return []
+
+
+def _field_names(hints: Sequence[Any]) -> list[str]:
+    """Fields of the dataclasses in type hints, those inside lists and unions and other dataclasses included."""
+    names: list[str] = []
+    for hint in hints:
+        inner = list(get_args(hint))
+        if dataclasses.is_dataclass(hint):
+            fields = get_type_hints(hint)
+            names += fields
+            inner += fields.values()
+        names += _field_names(inner) if inner else []
+    return names
+
+
+def innermost(message: str) -> str:
+    """What a constructor said, out of the parser's list of all types that it tried in vain."""
+    if "Does not validate against" not in message:
+        return message
+    said = [line for line in re.findall(r"^ *- (.+)$", message, re.MULTILINE) if not line.startswith(_HOLLOW)]
+    return said[0] if said else message
 
 
 def _explain_value(detail: str) -> str:
@@ -200,13 +227,16 @@ def _explain_value(detail: str) -> str:
     value = given[1].rstrip(")") if given and "val=" in given[0] else given[1] if given else ""
     if match := re.search(r"does not correspond to a subclass of (\w+)", detail):
         return f"{value or 'the class'} is no {match[1]}"
+    if match := re.search(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)", detail):
+        names = [name.strip(" '") for name in match[1].split(",")]
+        return f"{match[2]!r} is none of {', '.join(names)}{nearest(match[2], names)}"
     if match := re.search(r"Expected an? (.+?)\. Got value: (.*)", detail):
         return f"expected {_type_name(match[1])}, got {match[2].strip()!r}"
     if choices := re.findall(r"Expected a typing\.Literal\[(.*)\]", detail):
         names = dict.fromkeys(name.strip(" '") for choice in choices for name in choice.split(","))
         return f"{value} is none of {', '.join(names)}"
-    if other := [line for line in re.findall(r"^ *- (.+)$", detail, re.MULTILINE) if not line.startswith(_HOLLOW)]:
-        return one_line(other[0])
+    if (said := innermost(detail)) != detail:
+        return one_line(said)
     if expected := re.findall(r"Expected an? (<class '[^']+'>|[\w.\[\]]+)$", detail, flags=re.MULTILINE):
         names = dict.fromkeys(_type_name(name) for name in expected)
         return f"expected {' or '.join(names)}, got {value or 'something else'}"

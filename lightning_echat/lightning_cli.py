@@ -19,6 +19,7 @@ from lightning_echat.command_errors import (
     SetupError,
     check_config_files,
     explain_parse_error,
+    innermost,
     one_line,
 )
 from lightning_echat.contracts import UserError
@@ -89,7 +90,7 @@ class EChatCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (UserError, ValueError, OSError, MisconfigurationException) as error:
-            raise SetupError(one_line(f"cannot build what the configuration asks for: {error}")) from error
+            raise SetupError(one_line(f"cannot build the configuration: {innermost(str(error))}")) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -27,6 +28,12 @@ class ToyEncoder:
     layers: int = 2
 
 
+@dataclass
+class ToyOptions:
+    top: int = 3
+    names: list[str] = field(default_factory=list)
+
+
 class ToyStageBase(LightningModule):
     """Takes the place of `EChatStage`."""
 
@@ -40,6 +47,8 @@ class ToyStage(ToyStageBase):
         width: int = 3,
         refuse: bool = False,
         interrupt: bool = False,
+        mode: Literal["fast", "slow"] = "fast",
+        options: ToyOptions | None = None,
     ) -> None:
         super().__init__()
         if refuse:
@@ -75,12 +84,6 @@ class ToyData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(_Rows(self.broken), batch_size=1, num_workers=self.workers)
-
-
-@dataclass
-class ToyOptions:
-    top: int = 3
-    names: list[str] = field(default_factory=list)
 
 
 CALLS: list[tuple] = []

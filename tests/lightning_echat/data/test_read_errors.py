@@ -42,7 +42,9 @@ def test_what_was_taken_is_not_taken_again():
 
 def test_too_many_skips_stop_the_run_with_the_reasons():
     counter(kept=95, skipped=5).check(max_share=0.05)
-    with pytest.raises(UserError, match=r"6 of 100 samples would be skipped: 6 broken JSON \(first: s0.tar k: line 1\)"):
+    with pytest.raises(
+        UserError, match=r"6 of 100 samples would be skipped: 6 broken JSON \(first: s0.tar k: line 1\)"
+    ):
         counter(kept=94, skipped=6).check(max_share=0.05)
 
 

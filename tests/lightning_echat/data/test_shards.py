@@ -128,7 +128,8 @@ def test_a_truncated_tar_gives_what_it_holds_and_is_counted(tmp_path, keep):
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     dialogues, counter = read(path)
-    assert 0 < len(dialogues) < 5
+    # The last may lack a member, which parsing rejects.
+    assert 0 < sum(set(dialogue.members) == {"json", "0.wav"} for dialogue in dialogues) < 5
     assert counter.noticed == {"damaged shard": 1}
 
 

@@ -14,9 +14,8 @@ from lightning_echat.tokens.tasks import ALL_TASK_NAMES, DialogueTask, task_from
 ASK, ANSWER = "<|im_start|>", "<|im_end|>"
 END, IN, OUT, AUDIO, BOUNDARY = "END", "IN", "OUT", "AUDIO", "BOUNDARY"
 LABELS = {"emotion": "sad", "age": "old", "gender": "female", "event": "cough"}
-THINK = (
-    "<think>words: hi ; age: <old> ; gender: <female> ; emotion: <sad> ; event: <cough> ; reply: <comforting><think end>"
-)
+FACTS = "words: hi ; age: <old> ; gender: <female> ; emotion: <sad> ; event: <cough> ; reply: <comforting>"
+THINK = f"<think>{FACTS}<think end>"
 NATURAL = "<think>an old woman says: hi. the voice sounds sad and coughs. i will sound comforting.<think end>"
 
 
@@ -153,9 +152,7 @@ def test_a_clip_carries_what_the_auxiliary_losses_want(compact):
 
 def test_history_holds_queries_and_reply_texts_and_is_not_learned(compact):
     dialogue = compact.tokenize(sample(exchanges=2), task_of("speech_to_speech.label_thinking"))
-    prompt = ids_of(
-        ["think, answer and speak", ASK, *QUERY, ANSWER, "poor you", END, ASK, *QUERY, ANSWER], compact
-    )
+    prompt = ids_of(["think, answer and speak", ASK, *QUERY, ANSWER, "poor you", END, ASK, *QUERY, ANSWER], compact)
     assert dialogue.input_ids[: len(prompt)].tolist() == prompt
     assert (dialogue.labels[: len(prompt) - 1] == IGNORE_INDEX).all()
 

@@ -48,7 +48,7 @@ def test_a_shipped_prompt_set_knows_every_task(name):
     for task_name in ("label", "transcribe_and_label"):
         task = task_from_name(task_name, labels=("age", "event"))
         assert "age, event" in prompt_set.instruction(task, 0)
-        # Two tasks that a model could not tell apart would be one task.
+    # Two tasks that a model could not tell apart would be one task.
     assert len({(prompt_set.system[n], tuple(prompt_set.instructions[n])) for n in ALL_TASK_NAMES}) >= 13
 
 
@@ -88,7 +88,13 @@ def test_a_tag_of_another_set_counts_as_no_label():
 
 
 def test_labels_become_class_indices():
-    assert class_indices({"gender": "male", "event": "none"}).tolist() == [IGNORE_INDEX, 1, IGNORE_INDEX, 0, IGNORE_INDEX]
+    assert class_indices({"gender": "male", "event": "none"}).tolist() == [
+        IGNORE_INDEX,
+        1,
+        IGNORE_INDEX,
+        0,
+        IGNORE_INDEX,
+    ]
     assert len(class_indices({})) == len(LABEL_SETS)
 
 
