@@ -36,7 +36,7 @@ from lightning_echat.tokens.paralinguistics import LABEL_SETS
 from lightning_echat.tokens.prompts import load_prompt_set
 from lightning_echat.tokens.thinking import write_label_thinking
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever the same parameters would give another corpus."""
 
 _MANIFEST, _TEXTS, _TOKENIZER, _INDEX = "corpus.json", "text.jsonl", "tokenizer", "index.json"

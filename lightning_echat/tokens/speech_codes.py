@@ -39,9 +39,7 @@ def interleave(text_ids: list[int], speech_ids: list[int]) -> list[int]:
     text_at = speech_at = 0
     while text_at < len(text_ids) or speech_at < len(speech_ids):
         mixed += text_ids[text_at : text_at + TEXT_CHUNK]
-        # Once the text is used up nothing interrupts the speech any more.
-        chunk = SPEECH_CHUNK if text_at + TEXT_CHUNK < len(text_ids) else len(speech_ids)
-        mixed += speech_ids[speech_at : speech_at + chunk]
+        mixed += speech_ids[speech_at : speech_at + SPEECH_CHUNK]
         text_at += TEXT_CHUNK
-        speech_at += chunk
+        speech_at += SPEECH_CHUNK
     return mixed
