@@ -50,8 +50,8 @@ class DialoguePanel(Callback):
     Args:
         rows: Dialogues of each set, all from its first batch.
         every_n_validations: One table for so many validations, beginning with the first.
-        token2wav: Folder of what turns speech codes into a waveform, where it is not the stage's `tokens.speech_tokenizer`;
-            with neither there is no reply audio.
+        token2wav: Folder of what turns speech codes into a waveform, where it is not `tokens.speech_tokenizer` of the
+            stage; with neither there is no reply audio.
         rubric: Name of a shipped rubric, or path of a YAML file.
     """
 

@@ -1,8 +1,8 @@
 """One decoder for all tasks: thinking, text and speech codes, in the order that the task's layout asks for, batched.
 
-Each row of a batch follows its own task. At every step a row writes either text or speech, and only ids of that kind may
-come: text until the end of text, then speech from boundary to boundary; interleaved rows take 6 and 18 in turn once their
-thinking is closed. Rows share the cache and the steps; a row that is done is fed padding until all are.
+Each row of a batch follows its own task. At every step a row writes either text or speech, and only ids of that kind
+may come: text until the end of text, then speech from boundary to boundary; interleaved rows take 6 and 18 in turn
+once their thinking is closed. Rows share the cache and the steps; a row that is done is fed padding until all are.
 """
 
 from __future__ import annotations
@@ -68,9 +68,7 @@ def generate(
         ids = writers.next_ids(model.lm.text_head(last).float(), model.lm.speech_head(last).float())
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
         embedded = model.lm.embed(ids[:, None])
-        last = model.lm(
-            embedded, position_ids=lengths[:, None], attention_mask=valid.long(), cache=cache
-        )[:, 0]
+        last = model.lm(embedded, position_ids=lengths[:, None], attention_mask=valid.long(), cache=cache)[:, 0]
         lengths = lengths + 1
     timings = {"prefill": prefilled - started, "total": time.perf_counter() - started}
     return writers.replies(timings)
@@ -144,11 +142,12 @@ class _Writers:
         self._switch()
 
     def _close_thinking(self) -> None:
-        """Interleaving starts after the thinking. Its end may be any ids in a pretrained tokenizer: text is compared."""
+        """Interleaving starts after the thinking, whose end may be any ids in a pretrained tokenizer: text tells."""
         if not bool(self.thinking.any()):
             return
         close = self.tokenizer.prompt_set.thinking.close
-        tail = torch.stack(self.history[-16:], dim=1)
+        # An id spells at least one byte, so the marker that the last id completes is among so many.
+        tail = torch.stack(self.history[-max(16, len(close.encode())) :], dim=1)
         for row in self.thinking.nonzero()[:, 0].tolist():
             written = [i for i in tail[row].tolist() if i != IGNORE_INDEX]
             if close in self.tokenizer.decode(written) or bool(self.text_done[row]):

@@ -10,6 +10,7 @@ weights were trained. With two log-sum-exps both are one code path:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +65,12 @@ def token_loss(
         return TokenLoss(text=0.0 * dummy.sum(), speech=0.0 * dummy.sum(), num_text=nothing, num_speech=nothing)
     hidden, targets, scored = hidden_states[supervised], labels[supervised], speech_scored[supervised]
     is_speech = targets >= text_head.weight.shape[0]
-    losses = [
-        checkpoint(_chunk_loss, h, t, s, text_head, speech_head, use_reentrant=False)
-        for h, t, s in zip(hidden.split(_CHUNK), targets.split(_CHUNK), scored.split(_CHUNK), strict=True)
-    ]
-    nll = torch.cat(losses)
+    chunks = list(zip(hidden.split(_CHUNK), targets.split(_CHUNK), scored.split(_CHUNK), strict=True))
+    if len(chunks) == 1:
+        nll = _chunk_loss(hidden, targets, scored, text_head, speech_head)
+    else:
+        losses = [checkpoint(_chunk_loss, *chunk, text_head, speech_head, use_reentrant=False) for chunk in chunks]
+        nll = torch.cat(cast(list[Tensor], losses))
     return TokenLoss(
         text=(nll * ~is_speech).sum(),
         speech=(nll * is_speech).sum(),
@@ -77,7 +79,9 @@ def token_loss(
     )
 
 
-def _chunk_loss(hidden: Tensor, targets: Tensor, scored: Tensor, text_head: nn.Linear, speech_head: nn.Linear) -> Tensor:
+def _chunk_loss(
+    hidden: Tensor, targets: Tensor, scored: Tensor, text_head: nn.Linear, speech_head: nn.Linear
+) -> Tensor:
     """[N, D], [N], [N] -> [N] negative log-likelihood in float32."""
     text_logits = text_head(hidden).float()
     speech_logits = speech_head(hidden).float()

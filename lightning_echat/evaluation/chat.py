@@ -70,6 +70,8 @@ def chat(
     """
     if not audio:
         raise UserError("no audio: give --audio IN.wav, several times for several turns")
+    if out.suffix.lower() not in (".wav", ".flac"):
+        raise UserError(f"--out {out}: the name of the answer ends in .wav or .flac")
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer)
     task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)

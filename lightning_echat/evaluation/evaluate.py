@@ -1,14 +1,15 @@
 """`echat evaluate`: a checkpoint answers the evaluation sets, the judge scores, and report.json says how it went.
 
 Three kinds of question are put to the model: what is said and how (understanding), the dialogue itself with thinking
-and a spoken reply, and, as a control, the same dialogue as text only. Every answer is stored in `OUT/evaluation/`; answers
-that are already there, made by the same checkpoint with the same settings, are not made again.
+and a spoken reply, and, as a control, the same dialogue as text only. Every answer is stored in `OUT/evaluation/`;
+answers that are already there, made by the same checkpoint with the same settings, are not made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,7 +19,7 @@ from typing import Any
 
 from rich.progress import track
 
-from lightning_echat.contracts import GeneratedReply, SampleRejected
+from lightning_echat.contracts import GeneratedReply, SampleRejected, UserError
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.dialogue_stream import DialogueLoader, ReadingConfig, ValidationStream
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
@@ -101,6 +102,7 @@ def evaluate(
     """
     started = time.perf_counter()
     questions = questions or QuestionConfig()
+    _check_sets(sets)
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer)
     judge = RubricJudge(questions.rubric)
@@ -152,10 +154,11 @@ class _Questions:
 
     def answers(self, entry: EvaluationSet, task: TaskConfig, kind: str, *, audio: bool = False) -> list[AnswerRecord]:
         """The stored answers to a set, asking what is not there yet."""
-        name = kind if kind != "understanding" else f"understanding-{entry.name.replace(' ', '_')}"
+        name = kind if kind != "understanding" else f"understanding-{_file_name(entry.name)}"
         made_by = self.made_by(entry, kind)
         with RecordWriter(self.folder, name=name, made_by=made_by) as writer:
-            for number, generated in enumerate(self._generate(entry, task, done=writer.done)):
+            for generated in self._generate(entry, task, done=writer.done):
+                number = len(writer.done)
                 record = record_of(generated, set_name=entry.name, fmt=self.trained.tokenizer.prompt_set.thinking)
                 if generated.reference.key in writer.done:
                     continue
@@ -181,6 +184,20 @@ class _Questions:
         if generated.speech_codes.numel():
             sounds["reply"] = self.voice.decode(generated.speech_codes)
         return sounds
+
+
+def _check_sets(sets: list[EvaluationSet]) -> None:
+    """Every set has a file of answers of its own."""
+    if not sets:
+        raise UserError("no evaluation set; give --sets '[{name: NAME, shards: [FOLDER]}]'")
+    names = [_file_name(entry.name) for entry in sets]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two evaluation sets are called {repeated!r}; give each a name of its own")
+
+
+def _file_name(name: str) -> str:
+    """A set's name as part of a file's: everything but letters, digits, - and _ becomes _."""
+    return re.sub(r"[^\w-]", "_", name)
 
 
 def _file_hash(path: Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_echat.contracts import UserError
 from lightning_echat.nn.speech_encoder import length_mask
 from lightning_echat.tokens.characters import CTC_CLASSES
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
@@ -21,6 +22,8 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, encoder_width: int, *, label_sets: Sequence[str]) -> None:
         super().__init__()
+        if unknown := [name for name in label_sets if name not in LABEL_SETS]:
+            raise UserError(f"auxiliary_labels: no label set {unknown[0]!r}; known: {', '.join(LABEL_SETS)}")
         self.characters = nn.Linear(encoder_width, CTC_CLASSES)
         self.labels = nn.ModuleDict({name: nn.Linear(2 * encoder_width, len(LABEL_SETS[name])) for name in label_sets})
 

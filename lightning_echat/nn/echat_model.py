@@ -60,7 +60,10 @@ class EChatModel(nn.Module):
         """
         embeddings = self.lm.embed(batch.input_ids)
         embeddings, frames, lengths = self.hear(batch, embeddings)
-        hidden = self.lm(embeddings, position_ids=batch.position_ids, attention_mask=document_mask(batch.document_ids))
+        mask = document_mask(batch.document_ids)
+        # Without a mask Hugging Face reads positions that restart, as those of padding do, as packed rows, and builds
+        # one. Left out they count from 0, which is what the one dialogue of each row has.
+        hidden = self.lm(embeddings, position_ids=None if mask is None else batch.position_ids, attention_mask=mask)
         return EChatOutput(hidden_states=hidden, encoder_frames=frames, encoder_lengths=lengths)
 
     def hear(self, batch: PackedBatch, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:

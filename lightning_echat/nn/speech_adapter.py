@@ -71,9 +71,9 @@ class SpeechAdapter(nn.Module):
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """[C, F, E] encoder frames and [C] lengths -> [C, n, D] embeddings and [C] lengths, n = Π ceil(F / stride)."""
         hidden = frames.transpose(1, 2)
-        for convolution in self.convolutions:
+        for convolution, stride in zip(self.convolutions, self.config.strides, strict=True):
             hidden = F.gelu(convolution(F.pad(hidden, (2, 0))))
-            lengths = strided_length(lengths, convolution.stride[0])
+            lengths = strided_length(lengths, stride)
         mask = length_mask(lengths, hidden.shape[2])
         hidden = self.embed(hidden.transpose(1, 2))
         width = hidden.shape[2]

@@ -1,6 +1,6 @@
 """Log-mel -> speech frames: Whisper's encoder for speech of any length.
 
-The layers are Hugging Face's own, so Whisper weights load as they are; what differs is that clips keep their own length.
+The layers are Hugging Face's own, so Whisper weights load as they are; what differs is that clips keep their length.
 Hugging Face's class insists on 30 seconds and ignores masks. Here padding is masked before each convolution and inside
 attention, so a clip gives the same frames alone and in any batch.
 
@@ -90,13 +90,15 @@ class SpeechEncoder(nn.Module):
             num_mel_bins=mel_bins,
             dropout=config.dropout,
             attention_dropout=config.dropout,
-            attn_implementation="sdpa",
         )
+        layer_config._attn_implementation = "sdpa"
         first, second = config.strides
         self.conv1 = nn.Conv1d(mel_bins, config.width, kernel_size=3, stride=first, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, kernel_size=3, stride=second, padding=1)
         self.layers = nn.ModuleList(WhisperEncoderLayer(layer_config) for _ in range(config.layers))
         kernel = config.depthwise_kernel
+        if kernel and kernel % 2 == 0:
+            raise UserError(f"encoder.depthwise_kernel is {kernel}; it must be odd, as a frame stands in its middle")
         self.convolutions = nn.ModuleList(
             DepthwiseConvolution(config.width, kernel) for _ in range(config.layers if kernel else 0)
         )
@@ -108,7 +110,7 @@ class SpeechEncoder(nn.Module):
         """Fill in the weights of the Whisper model that the config names; shapes must agree."""
         try:
             whisper = WhisperModel.from_pretrained(self.config.weights, attn_implementation="sdpa")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"cannot load speech encoder {self.config.weights!r}: {reason}") from error
         state = whisper.get_encoder().state_dict()
@@ -117,7 +119,9 @@ class SpeechEncoder(nn.Module):
             missing, unexpected = self.load_state_dict(state, strict=False)
         except RuntimeError as error:
             detail = str(error).splitlines()[1].strip()
-            raise UserError(f"speech encoder {self.config.weights!r} has other sizes than the config: {detail}") from error
+            raise UserError(
+                f"speech encoder {self.config.weights!r} has other sizes than the config: {detail}"
+            ) from error
         missing = [name for name in missing if not name.startswith("convolutions.")]
         if missing or unexpected:
             raise UserError(f"speech encoder {self.config.weights!r}: unknown {unexpected[:3]}, missing {missing[:3]}")
@@ -141,7 +145,7 @@ class SpeechEncoder(nn.Module):
         if frames.shape[1] > self.config.max_positions:
             raise UserError(
                 f"a clip of {frames.shape[1]} encoder frames is longer than encoder.max_positions "
-                f"({self.config.max_positions}); raise it or drop such clips with the data's max_audio_seconds"
+                f"({self.config.max_positions}); raise it or drop such clips with the data's max_seconds"
             )
         mask = length_mask(lengths, frames.shape[1])
         frames = frames + self.positions[: frames.shape[1]].to(frames.dtype)

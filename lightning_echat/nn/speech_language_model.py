@@ -7,10 +7,10 @@ rows and pretrained weights stay untouched; ids follow `tokens.vocabulary`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
@@ -57,9 +57,13 @@ def _build_llm(config: LanguageModelConfig) -> PreTrainedModel:
             llm_config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         else:
             llm_config = AutoConfig.from_pretrained(config.weights)
+        # Released weights are often bfloat16, which small updates do not reach: the trainer's precision decides.
+        dtype = torch.get_default_dtype()
         if config.pretrained:
-            return AutoModelForCausalLM.from_pretrained(config.weights, config=llm_config, attn_implementation="sdpa")
-        return AutoModelForCausalLM.from_config(llm_config, attn_implementation="sdpa")
+            return AutoModelForCausalLM.from_pretrained(
+                config.weights, config=llm_config, dtype=dtype, attn_implementation="sdpa"
+            )
+        return AutoModelForCausalLM.from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
     except KeyError as error:
         raise UserError(f"llm.architecture needs model_type, for instance qwen2 ({error})") from error
     except (OSError, ValueError) as error:
@@ -73,7 +77,7 @@ class SpeechLanguageModel(nn.Module):
         super().__init__()
         self.vocabulary = vocabulary
         llm = _build_llm(config)
-        rows = llm.get_input_embeddings().weight.shape[0]
+        rows = cast(nn.Embedding, llm.get_input_embeddings()).num_embeddings
         if rows != vocabulary.text_size:
             raise UserError(
                 f"tokens.text_vocabulary_size is {vocabulary.text_size} but the language model embeds {rows} ids; "
@@ -100,12 +104,12 @@ class SpeechLanguageModel(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model, inside its PEFT wrapper or not."""
-        return self.llm.get_base_model() if hasattr(self.llm, "get_base_model") else self.llm
+        return cast(PreTrainedModel, self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm)
 
     @property
     def text_head(self) -> nn.Linear:
         """[T, D] weight that scores text ids; tied to the embedding in many models."""
-        return self.causal_lm.get_output_embeddings()
+        return cast(nn.Linear, self.causal_lm.get_output_embeddings())
 
     def embed(self, ids: Tensor) -> Tensor:
         """[…] unified ids -> […, D]. Audio placeholders get zeros, which the adapter's output replaces."""
@@ -120,13 +124,13 @@ class SpeechLanguageModel(nn.Module):
         self,
         embeddings: Tensor,
         *,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: Cache | None = None,
     ) -> Tensor:
         """[R, T, D] embeddings -> [R, T, D] hidden states after the final norm.
 
-        `attention_mask` is None (causal), [R, T] over keys, or an explicit [R, 1, T, T] bool mask. Training passes no
+        `position_ids` is None for 0, 1, 2, … in every row. `attention_mask` is None (causal), [R, T] over keys, or an explicit [R, 1, T, T] bool mask. Training passes no
         cache: with one, packed rows would see their neighbours.
         """
         output = self.causal_lm.get_decoder()(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,15 +34,16 @@ def latest_checkpoint(path: str | Path) -> Path:
     found = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
     if not found:
         raise UserError(f"no checkpoint at {path}; give a .ckpt file or the folder of a run that has saved one")
-    last = [c for c in found if c.name == "last.ckpt"]
-    return last[0] if last else max(found, key=lambda c: c.stat().st_mtime)
+    # Lightning writes last-v1.ckpt where an earlier run has left a last.ckpt.
+    last = [c for c in found if c.name.startswith("last")]
+    return max(last or found, key=lambda c: c.stat().st_mtime_ns)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A Lightning checkpoint, read without executing anything in it."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
@@ -69,6 +71,9 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
     path = latest_checkpoint(path)
     state = model_weights(read_checkpoint(path), path)
     own = model.state_dict()
+    # LoRA wraps the language model, which renames its weights.
+    wrapped = {_without_lora(n): n for n in own if ".lora_" not in n}
+    state = {n if n in own else wrapped.get(n, n): t for n, t in state.items()}
     missing = [n for n in own if n not in state and not any(fnmatch.fnmatchcase(n, p) for p in new_parts)]
     unknown = [n for n in state if n not in own]
     shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
@@ -81,6 +86,11 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
             )
     model.load_state_dict(state, strict=False)
     _log.info("loaded %d of %d weights from %s; new: %s", len(state), len(own), path, sorted(set(own) - set(state)))
+
+
+def _without_lora(name: str) -> str:
+    """The name that a weight has in a language model without LoRA."""
+    return name.replace("lm.llm.base_model.model.", "lm.llm.").replace(".base_layer.", ".")
 
 
 @dataclass(slots=True, kw_only=True)

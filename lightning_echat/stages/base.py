@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_echat.contracts import EChatOutput, GeneratedReply, PackedBatch
+from lightning_echat.contracts import EChatOutput, GeneratedReply, PackedBatch, UserError
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
 from lightning_echat.metrics import MeanTokenLoss
@@ -79,6 +79,8 @@ class EChatStage(L.LightningModule):
         self.init_from = init_from
         self.init_new_parts = tuple(init_new_parts or ())
         self.auxiliary_weights = auxiliary or AuxiliaryWeights()
+        if (self.auxiliary_weights.ctc or self.auxiliary_weights.labels) and not network.auxiliary_labels:
+            raise UserError("auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights")
         self.decoding = decoding or DecodingConfig()
         self.dialogue_tokenizer = DialogueTokenizer.from_config(tokens)
         self.model: EChatModel | None = None
@@ -116,9 +118,7 @@ class EChatStage(L.LightningModule):
         """One running mean per validation set and kind of target, on every rank alike."""
         names = self._validation_names()
         self._validation_losses = {
-            f"val/{name}/loss/{kind}": MeanTokenLoss().to(self.device)
-            for name in names
-            for kind in ("text", "speech")
+            f"val/{name}/loss/{kind}": MeanTokenLoss().to(self.device) for name in names for kind in ("text", "speech")
         }
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -202,7 +202,7 @@ class EChatStage(L.LightningModule):
 
     def _log_training(self, loss: TokenLoss) -> None:
         """Log means; only at logging steps, as reading a count makes an accelerator wait."""
-        if (self.global_step + 1) % self.trainer.log_every_n_steps:
+        if (self.global_step + 1) % cast(Any, self.trainer).log_every_n_steps:
             return
         for kind, value, count in _means(loss):
             if count:

@@ -11,9 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 class WarmupCosine(LambdaLR):
     """Rises linearly over `warmup_steps`, then falls along a cosine to `final_share` at `total_steps`."""
 
-    def __init__(
-        self, optimizer: Optimizer, *, warmup_steps: int, total_steps: int, final_share: float = 0.03
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, warmup_steps: int, total_steps: int, final_share: float = 0.03) -> None:
         def share(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
@@ -27,4 +25,5 @@ class WarmupInverseSquareRoot(LambdaLR):
     """Rises linearly over `warmup_steps`, then falls with the square root of the step: the reference's schedule."""
 
     def __init__(self, optimizer: Optimizer, *, warmup_steps: int) -> None:
-        super().__init__(optimizer, lambda step: min((step + 1) / warmup_steps, math.sqrt(warmup_steps / (step + 1))))
+        warmup = max(1, warmup_steps)
+        super().__init__(optimizer, lambda step: min((step + 1) / warmup, math.sqrt(warmup / (step + 1))))

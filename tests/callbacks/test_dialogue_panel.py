@@ -17,10 +17,10 @@ from callbacks.data_health import DataHealth
 from callbacks.dialogue_panel import COLUMNS, DialoguePanel
 from callbacks.empathy_evaluation import EmpathyEvaluation
 from callbacks.paralinguistic_accuracy import ParalinguisticAccuracy
-from lightning_echat.data.query_audio import read_query_audio
 from callbacks.run_provenance import RunProvenance
 from callbacks.token_throughput import TokenThroughput
 from lightning_echat.contracts import DialogueReference, DialogueSample, SampleRejected, Turn, UserError
+from lightning_echat.data.query_audio import read_query_audio
 from lightning_echat.data.writers import write_shard
 from lightning_echat.evaluation.rubric import RubricJudge
 from lightning_echat.tokens.thinking import write_label_thinking
