@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from lightning_echat.contracts import UserError
+from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig, SpeechLanguageModel
+from lightning_echat.nn.trainable_parts import set_trainable
+from lightning_echat.testing import tiny_model, tiny_network_config
+
+ARCHITECTURE = tiny_network_config().llm
+
+
+def language_model(tokenizer, config: LanguageModelConfig = ARCHITECTURE) -> SpeechLanguageModel:
+    torch.manual_seed(0)
+    return SpeechLanguageModel(config, vocabulary=tokenizer.vocabulary).eval()
+
+
+def test_every_kind_of_id_has_its_row(tokenizer):
+    lm, vocabulary = language_model(tokenizer), tokenizer.vocabulary
+    text, speech = lm.causal_lm.get_input_embeddings().weight, lm.speech_embedding.weight
+    expected = {
+        0: text[0],
+        vocabulary.text_size - 1: text[-1],
+        vocabulary.first_code: speech[0],
+        vocabulary.first_code + 63: speech[63],
+        vocabulary.speech_boundary: speech[64],
+        vocabulary.input_speech_begin: speech[65],
+        vocabulary.input_speech_end: speech[66],
+        vocabulary.audio_placeholder: torch.zeros(32),
+    }
+    embedded = lm.embed(torch.tensor([list(expected)]))
+    assert torch.equal(embedded[0], torch.stack(list(expected.values())))
+    assert len(speech) == 67 and lm.speech_head.weight.shape == (65, 32)
+
+
+def test_the_text_head_is_the_embedding_where_the_model_ties_them(tokenizer):
+    tied = language_model(tokenizer)
+    assert tied.text_head.weight is tied.causal_lm.get_input_embeddings().weight
+    architecture = {**ARCHITECTURE.architecture, "tie_word_embeddings": False}
+    untied = language_model(tokenizer, replace(ARCHITECTURE, architecture=architecture))
+    assert untied.text_head.weight is not untied.causal_lm.get_input_embeddings().weight
+
+
+def test_another_text_vocabulary_is_refused_with_the_right_size(tokenizer):
+    config = replace(ARCHITECTURE, architecture={**ARCHITECTURE.architecture, "vocab_size": 300})
+    with pytest.raises(UserError, match="set it to 300"):
+        language_model(tokenizer, config)
+
+
+def test_an_architecture_without_its_type_is_refused(tokenizer):
+    with pytest.raises(UserError, match="model_type"):
+        language_model(tokenizer, replace(ARCHITECTURE, architecture={"vocab_size": 260}))
+
+
+def test_a_language_model_that_is_not_there_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="cannot load language model"):
+        language_model(tokenizer, LanguageModelConfig(weights=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_half_precision_weights_are_trained_in_the_precision_of_the_trainer(tokenizer, tmp_path, pretrained):
+    """A released bfloat16 model trained in bfloat16 by accident does not move: its small updates round to nothing."""
+    sizes = {k: v for k, v in ARCHITECTURE.architecture.items() if k != "model_type"}
+    released = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(torch.bfloat16)
+    released.save_pretrained(tmp_path)
+    lm = language_model(tokenizer, LanguageModelConfig(weights=str(tmp_path), pretrained=pretrained))
+    assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}
+    same = torch.equal(lm.causal_lm.get_input_embeddings().weight, released.get_input_embeddings().weight.float())
+    assert same is pretrained
+
+
+def test_under_lora_only_its_matrices_and_the_speech_parts_train(tokens):
+    network = tiny_network_config(lora=LoRAConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "down_proj")))
+    model = tiny_model(tokens, network=network)
+    count = set_trainable(model, ["lm.*"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if ".lora_" not in name} == {
+        "lm.speech_embedding.weight",
+        "lm.speech_head.weight",
+        "lm.speech_head.bias",
+    }
+    # Two layers, two targets, A and B each.
+    assert len(trained) == 3 + 2 * 2 * 2
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(UserError, match="frozen by LoRA"):
+        set_trainable(model, ["lm.llm.*embed_tokens.weight"])
+
+
+def test_lora_starts_as_the_model_it_adapts(tokens, tokenizer):
+    torch.manual_seed(3)
+    adapted = language_model(tokenizer, replace(ARCHITECTURE, lora=LoRAConfig(rank=2)))
+    ids = torch.arange(12)[None]
+    positions = torch.arange(12)[None]
+    with torch.no_grad():
+        hidden = adapted(adapted.embed(ids), position_ids=positions, attention_mask=None)
+        base = adapted.llm.unload()
+        expected = base.get_decoder()(inputs_embeds=adapted.embed(ids), position_ids=positions).last_hidden_state
+    torch.testing.assert_close(hidden, expected)
