@@ -59,6 +59,8 @@ RunCommand = Callable[[list[str]], None]
 _PRELOADED = ("lightning_echat.lightning_cli", "torchaudio", "wandb")
 _SOURCES = ("lightning_echat", "datamodules", "callbacks")
 _COMPUTES_WITH = ("torch", "lightning", "transformers")
+_SAMPLING_SECONDS = 5.0
+"""Between two looks at the memory in use: reading the shared pages of many processes costs a core for a moment."""
 _STEP_KEYS = ("name", "command", "inputs", "outputs", "resumable_folder")
 
 
@@ -376,7 +378,7 @@ def _run_step(
     child = _start(run_command, list(step.command))
     try:
         while child.is_alive():
-            child.join(timeout=0.5)
+            child.join(timeout=_SAMPLING_SECONDS)
             peak = max(peak, _tree_memory())
         exit_code = child.exitcode
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
+from lightning_echat.nn.weights import stored_settings
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS, REPLY_EMOTIONS
 from lightning_echat.tokens.tasks import DialogueTask
@@ -178,7 +179,12 @@ def tiny_model(tokens: TokensConfig, *, network: NetworkConfig | None = None, se
 
 
 def dummy_tokenized(
-    tokenizer: DialogueTokenizer, task: DialogueTask, *, number: int = 0, exchanges: int = 1, seconds: float | None = None
+    tokenizer: DialogueTokenizer,
+    task: DialogueTask,
+    *,
+    number: int = 0,
+    exchanges: int = 1,
+    seconds: float | None = None,
 ) -> TokenizedDialogue:
     """Dummy dialogue `number` as ids, mels included (see `dummy_dialogue`)."""
     sample = dummy_dialogue(number, exchanges=exchanges, seconds=seconds)
@@ -196,3 +202,22 @@ def dummy_batch(
     ]
     rows = [dialogues[start : start + per_row] for start in range(0, len(dialogues), per_row)]
     return pack_rows(rows, padding=tokenizer.vocabulary.padding)
+
+
+def save_tiny_checkpoint(
+    path: Path, model: EChatModel, tokens: TokensConfig, *, network: NetworkConfig | None = None, step: int = 7
+) -> Path:
+    """Write what `load_trained` and `init_from` read of a stage's checkpoint. Returns the path.
+
+    Args:
+        path: The .ckpt file.
+        model: Its weights.
+        tokens: What it was built with.
+        network: What it was built with, where that is not `tiny_network_config()`.
+        step: Optimizer steps that it claims to have been trained for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    settings = stored_settings(tokens, network or tiny_network_config())
+    torch.save({"state_dict": state, "echat": settings, "global_step": step}, path)
+    return path

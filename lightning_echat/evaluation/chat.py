@@ -18,6 +18,7 @@ from lightning_echat.data.log_mel import LogMel
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.nn.token2wav.interface import Token2Wav, load_token2wav
 from lightning_echat.nn.weights import TrainedModel, load_trained
+from lightning_echat.tokens.paralinguistics import LABEL_SETS
 from lightning_echat.tokens.tasks import DialogueTask
 from lightning_echat.tokens.thinking import ThinkingForm, parse_thinking
 
@@ -72,15 +73,17 @@ def chat(
         raise UserError("no audio: give --audio IN.wav, several times for several turns")
     if out.suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--out {out}: the name of the answer ends in .wav or .flac")
+    # All are read first: a missing file is told before a minute has been spent on the others.
+    waveforms = [read_waveform(path) for path in audio]
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer)
     task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
     answers: list[ChatAnswer] = []
     turns: list[Turn] = []
     log_mel = LogMel(mel_bins=trained.tokens.mel_bins)
-    for number, path in enumerate(audio, start=1):
+    for number, (path, waveform) in enumerate(zip(audio, waveforms, strict=True), start=1):
         started = time.perf_counter()
-        turns.append(Turn(role="user", log_mel=log_mel(read_waveform(path))))
+        turns.append(Turn(role="user", log_mel=log_mel(waveform)))
         features = time.perf_counter() - started
         reply = _answer(trained, turns, task, decoding or DecodingConfig())
         parsed = parse_thinking(reply.text, trained.tokenizer.prompt_set.thinking)
@@ -148,7 +151,8 @@ def _speak(answer: ChatAnswer, reply: GeneratedReply, voice: Token2Wav, target: 
 
 
 def _print(answer: ChatAnswer, *, number: int) -> None:
-    heard = ", ".join(f"{name} {label}" for name, label in answer.thinking.get("labels", {}).items())
+    labels = answer.thinking.get("labels", {})
+    heard = ", ".join(f"{name} {labels[name]}" for name in LABEL_SETS if name in labels)
     lines = [f"turn {number}: {answer.query}"]
     if answer.thinking:
         lines.append(f"  heard   {answer.thinking['transcript'] or '(nothing that could be parsed)'}")

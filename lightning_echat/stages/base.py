@@ -80,7 +80,9 @@ class EChatStage(L.LightningModule):
         self.init_new_parts = tuple(init_new_parts or ())
         self.auxiliary_weights = auxiliary or AuxiliaryWeights()
         if (self.auxiliary_weights.ctc or self.auxiliary_weights.labels) and not network.auxiliary_labels:
-            raise UserError("auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights")
+            raise UserError(
+                "auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights"
+            )
         self.decoding = decoding or DecodingConfig()
         self.dialogue_tokenizer = DialogueTokenizer.from_config(tokens)
         self.model: EChatModel | None = None

@@ -28,9 +28,7 @@ class Case:
         self.speech_head = nn.Linear(WIDTH, SPEECH)
 
     def loss(self) -> losses.TokenLoss:
-        return token_loss(
-            self.hidden, self.labels, self.scored, text_head=self.text_head, speech_head=self.speech_head
-        )
+        return token_loss(self.hidden, self.labels, self.scored, text_head=self.text_head, speech_head=self.speech_head)
 
     def naive(self) -> tuple[Tensor, Tensor]:
         text, speech = self.hidden.new_zeros(()), self.hidden.new_zeros(())
@@ -134,7 +132,11 @@ def test_ctc_counts_the_clips_that_have_a_transcript():
     for clip in (0, 1):
         log_probs = logits[clip, : lengths[clip]].log_softmax(1)[:, None]
         expected = expected + F.ctc_loss(
-            log_probs, targets[clip : clip + 1], lengths[clip : clip + 1], target_lengths[clip : clip + 1], reduction="sum"
+            log_probs,
+            targets[clip : clip + 1],
+            lengths[clip : clip + 1],
+            target_lengths[clip : clip + 1],
+            reduction="sum",
         )
     torch.testing.assert_close(found, expected)
     found.backward()

@@ -62,7 +62,9 @@ def test_what_a_clip_says_changes_its_own_dialogue_only(model, tokenizer):
     louder.log_mels[1] += 0.5
     changed = (model(louder).hidden_states[0] - before).abs().amax(1) > 0
     middle = batch.references[1]
-    first = middle.start + int((batch.input_ids[0, middle.start :] == tokenizer.vocabulary.audio_placeholder).int().argmax())
+    first = middle.start + int(
+        (batch.input_ids[0, middle.start :] == tokenizer.vocabulary.audio_placeholder).int().argmax()
+    )
     assert changed[first : middle.start + middle.length].all()
     assert not changed[:first].any() and not changed[middle.start + middle.length :].any()
 
