@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +117,17 @@ def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
         )
 
 
+def _quiet() -> None:
+    """Silence what a user of ours can neither change nor use: remarks of libraries about each other."""
+    for remark in (r".*isinstance\(treespec, LeafSpec\)", r".*is set, but there is no last checkpoint available"):
+        warnings.filterwarnings("ignore", message=remark)
+    # "GPU available: False", tips for a vendor's logger.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+
 def run_lightning(args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`."""
+    _quiet()
     EChatCLI(
         EChatStage,
         LightningDataModule,

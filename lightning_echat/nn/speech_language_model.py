@@ -130,8 +130,8 @@ class SpeechLanguageModel(nn.Module):
     ) -> Tensor:
         """[R, T, D] embeddings -> [R, T, D] hidden states after the final norm.
 
-        `position_ids` is None for 0, 1, 2, … in every row. `attention_mask` is None (causal), [R, T] over keys, or an explicit [R, 1, T, T] bool mask. Training passes no
-        cache: with one, packed rows would see their neighbours.
+        `position_ids` is None for 0, 1, 2, … in every row. `attention_mask` is None (causal), [R, T] over keys, or an
+        explicit [R, 1, T, T] bool mask. Training passes no cache: with one, packed rows would see their neighbours.
         """
         output = self.causal_lm.get_decoder()(
             inputs_embeds=embeddings,

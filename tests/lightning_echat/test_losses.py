@@ -94,7 +94,7 @@ def test_what_text_tasks_learn_is_no_matter_of_speech_codes():
     case.labels = case.labels.clamp(max=TEXT - 1)
     before = case.loss().text
     with torch.no_grad():
-        case.speech_head.bias += 50
+        case.speech_head.bias.add_(50)
     torch.testing.assert_close(case.loss().text, before)
     gradient = case.gradients(case.loss().text)[2]
     assert not gradient.any()

@@ -155,7 +155,7 @@ def test_what_is_missing_or_wrong_is_the_users_to_mend(tmp_path, tokens, checkpo
         chat(checkpoint, [], out)
     with pytest.raises(UserError, match="no checkpoint"):
         chat(tmp_path / "none", questions, out)
-    with pytest.raises(UserError, match="ends in .wav"):
+    with pytest.raises(UserError, match=r"ends in \.wav"):
         chat(checkpoint, questions, tmp_path / "answer")
     with pytest.raises(UserError, match="no speech tokenizer in"):
         chat(checkpoint, questions, out, speech_tokenizer=tmp_path)

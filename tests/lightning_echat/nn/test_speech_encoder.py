@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from lightning_echat.nn.speech_encoder import SpeechEncoder, SpeechEncoderConfig
 from lightning_echat.tokens.speech_timing import num_embeddings
 
 SMALL = SpeechEncoderConfig(pretrained=False, width=16, layers=2, heads=2, feedforward=32, max_positions=200)
-WHISPER = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
-DECODER = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 50}
-MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+WHISPER: dict[str, Any] = {"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+DECODER: dict[str, Any] = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "vocab_size": 50}
+MARKS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 PARITY = Path(__file__).parents[4] / "shared/reference/parity"
 
 
@@ -76,10 +77,12 @@ def test_whisper_weights_that_are_not_there_are_refused(tmp_path):
 
 def test_whisper_weights_fill_an_encoder_with_depthwise_convolutions_of_its_own(whisper):
     network = encoder(weights=str(whisper), depthwise_kernel=3)
-    own = network.convolutions[0].convolution.weight.clone()
+    own = network.get_parameter("convolutions.0.convolution.weight").clone()
     network.load_whisper()
-    assert torch.equal(network.convolutions[0].convolution.weight, own)
-    assert torch.equal(network.conv1.weight, WhisperModel.from_pretrained(whisper).get_encoder().conv1.weight)
+    assert torch.equal(network.get_parameter("convolutions.0.convolution.weight"), own)
+    assert torch.equal(
+        network.conv1.weight, WhisperModel.from_pretrained(whisper).get_parameter("encoder.conv1.weight")
+    )
 
 
 def test_speech_that_is_too_long_is_refused():

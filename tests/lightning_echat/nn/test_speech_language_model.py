@@ -1,7 +1,9 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightning_echat.contracts import UserError
@@ -10,6 +12,7 @@ from lightning_echat.nn.trainable_parts import set_trainable
 from lightning_echat.testing import tiny_model, tiny_network_config
 
 ARCHITECTURE = tiny_network_config().llm
+EMBEDDING = "llm.model.embed_tokens.weight"
 
 
 def language_model(tokenizer, config: LanguageModelConfig = ARCHITECTURE) -> SpeechLanguageModel:
@@ -19,7 +22,7 @@ def language_model(tokenizer, config: LanguageModelConfig = ARCHITECTURE) -> Spe
 
 def test_every_kind_of_id_has_its_row(tokenizer):
     lm, vocabulary = language_model(tokenizer), tokenizer.vocabulary
-    text, speech = lm.causal_lm.get_input_embeddings().weight, lm.speech_embedding.weight
+    text, speech = lm.get_parameter(EMBEDDING), lm.speech_embedding.weight
     expected = {
         0: text[0],
         vocabulary.text_size - 1: text[-1],
@@ -63,11 +66,12 @@ def test_a_language_model_that_is_not_there_is_refused(tokenizer, tmp_path):
 def test_half_precision_weights_are_trained_in_the_precision_of_the_trainer(tokenizer, tmp_path, pretrained):
     """A released bfloat16 model trained in bfloat16 by accident does not move: its small updates round to nothing."""
     sizes = {k: v for k, v in ARCHITECTURE.architecture.items() if k != "model_type"}
-    released = Qwen2ForCausalLM(Qwen2Config(**sizes)).to(torch.bfloat16)
+    released = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    released.bfloat16()
     released.save_pretrained(tmp_path)
     lm = language_model(tokenizer, LanguageModelConfig(weights=str(tmp_path), pretrained=pretrained))
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}
-    same = torch.equal(lm.causal_lm.get_input_embeddings().weight, released.get_input_embeddings().weight.float())
+    same = torch.equal(lm.get_parameter(EMBEDDING), released.get_parameter("model.embed_tokens.weight").float())
     assert same is pretrained
 
 
@@ -95,6 +99,7 @@ def test_lora_starts_as_the_model_it_adapts(tokens, tokenizer):
     positions = torch.arange(12)[None]
     with torch.no_grad():
         hidden = adapted(adapted.embed(ids), position_ids=positions, attention_mask=None)
-        base = adapted.llm.unload()
+        assert isinstance(adapted.llm, PeftModel)
+        base: Any = adapted.llm.unload()
         expected = base.get_decoder()(inputs_embeds=adapted.embed(ids), position_ids=positions).last_hidden_state
     torch.testing.assert_close(hidden, expected)

@@ -27,8 +27,8 @@ def test_frozen_modules_leave_training_mode_and_others_stay():
         nn.Sequential(nn.Linear(2, 2), nn.Dropout()),
         nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.LayerNorm(2)),
     ).train()
-    model[0].requires_grad_(False)
-    model[1][2].requires_grad_(False)
+    model.get_submodule("0").requires_grad_(False)
+    model.get_submodule("1.2").requires_grad_(False)
     frozen_in_eval(model)
     assert {name: module.training for name, module in model.named_modules() if name} == {
         "0": False,

@@ -3,12 +3,14 @@
 import os
 import socket
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 from lightning_echat.contracts import PackedBatch
@@ -93,7 +95,7 @@ def batches_of(tokenizer: DialogueTokenizer) -> tuple[list[PackedBatch], list[Pa
             dialogues[-1].append(dummy_tokenized(tokenizer, task, number=number, exchanges=1 + number % 2))
             number += 1
         micro.append(collate(dialogues[-1], padding=tokenizer.vocabulary.padding))
-    whole = [collate(sum(dialogues[at : at + 4], []), padding=tokenizer.vocabulary.padding) for at in (0, 4)]
+    whole = [collate(list(chain(*dialogues[at : at + 4])), padding=tokenizer.vocabulary.padding) for at in (0, 4)]
     return micro, whole
 
 
@@ -115,7 +117,7 @@ def test_two_ranks_that_accumulate_train_as_one_big_batch(tmp_path, tokens, toke
     micro, whole = batches_of(tokenizer)
     assert len({batch.num_supervised for batch in micro}) == len(micro)
     assert [batch.log_mels.shape[0] > 0 for batch in micro].count(False) == 4
-    torch.multiprocessing.spawn(run_rank, args=(_free_port(), tokens, tmp_path), nprocs=2)
+    spawn(run_rank, args=(_free_port(), tokens, tmp_path), nprocs=2)
     ends = []
     for clip in CLIPS:
         one = train(tokens, whole, tmp_path / "one" / str(clip), gradient_clip_val=clip)
@@ -149,7 +151,7 @@ def test_accumulating_on_one_rank_trains_as_one_big_batch(tmp_path, tokens, toke
 
 def _joined(tokenizer: DialogueTokenizer, first: int, count: int) -> PackedBatch:
     before = sum(len(names) for names in MICRO_BATCHES[:first])
-    names = sum(MICRO_BATCHES[first : first + count], [])
+    names = list(chain(*MICRO_BATCHES[first : first + count]))
     dialogues = [
         dummy_tokenized(
             tokenizer, task_from_name(name, labels=("age",)), number=before + place, exchanges=1 + (before + place) % 2

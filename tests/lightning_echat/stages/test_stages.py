@@ -190,7 +190,7 @@ def test_what_is_frozen_stays_in_eval_mode_while_the_rest_trains(tmp_path, token
 
     class Modes(Callback):
         def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-            modes.update({name: module.training for name, module in pl_module.model.named_modules()})
+            modes.update({name: module.training for name, module in pl_module.get_submodule("model").named_modules()})
 
     stage = UnderstandingStage(tokens=tokens, network=tiny_network_config(), optimizer=ADAM)
     trainer(tmp_path, Modes(), max_steps=1).fit(stage, data(tokens, shards, TASKS[UnderstandingStage]))
