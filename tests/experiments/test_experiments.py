@@ -60,7 +60,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["echat"])
     # main() sets defaults for W&B; register them so that they are taken back.
-    names = ("MODE", "ERROR_REPORTING", "DATA_DIR", "X_TRANSACTION_LOG_FLUSH_INTERVAL")
+    names = ("MODE", "SILENT", "ERROR_REPORTING", "DATA_DIR", "X_TRANSACTION_LOG_FLUSH_INTERVAL")
     for key in ("JSONARGPARSE_DEPRECATION_WARNINGS", *(f"WANDB_{name}" for name in names)):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
@@ -146,11 +146,11 @@ def test_a_wrong_key_in_an_experiment_is_refused(capsys, tmp_path):
 
 SIZES = (
     r"ckpt_path",
-    r"trainer\.(max_steps|accumulate_grad_batches|val_check_interval|default_root_dir|log_every_n_steps|callbacks\b.*)",
+    r"trainer\.(max_steps|accumulate_grad_batches|devices|strategy|val_check_interval|default_root_dir|log_every_n_steps|callbacks\b.*)",
     r"model\.init_args\.(tokens|network|optimizer|scheduler|auxiliary|trainable|init_from)\b.*",
     r"data\.init_args\..*",
 )
-"""Keys in which the quickstart may differ from the real experiment: sizes, data, and how it is optimized."""
+"""Keys in which the quickstart may differ from the real experiment: sizes, data, devices, and how it is optimized."""
 
 
 @pytest.mark.parametrize(

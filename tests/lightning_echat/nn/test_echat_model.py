@@ -133,3 +133,26 @@ def test_the_tiny_model_is_tiny_and_follows_from_its_seed(tokens):
     assert sum(parameter.numel() for parameter in first.parameters()) < 200_000
     assert torch.equal(first.encoder.conv1.weight, same.encoder.conv1.weight)
     assert not torch.equal(first.encoder.conv1.weight, other.encoder.conv1.weight)
+
+
+@torch.no_grad()
+def test_positions_of_packed_dialogues_restart(tokens, tokenizer):
+    """Seen with a language model whose positions are absolute; rotary ones look alike wherever a dialogue stands."""
+    network = tiny_network_config()
+    sizes = {"model_type": "gpt2", "vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = tiny_model(tokens, network=replace(network, llm=replace(network.llm, architecture=sizes)))
+    heard = DialogueTask(kind="transcribe")
+    packed = dummy_batch(tokenizer, [heard, heard, heard], per_row=3)
+    hidden = model(packed).hidden_states
+    for number, reference in enumerate(packed.references):
+        alone = model(dummy_batch(tokenizer, [heard], first=number)).hidden_states[0]
+        found = hidden[0, reference.start : reference.start + reference.length]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_training_keeps_no_cache(model, tokenizer):
+    kept = []
+    decoder = model.lm.causal_lm.get_decoder()
+    decoder.register_forward_hook(lambda module, given, output: kept.append(output.past_key_values))
+    model(dummy_batch(tokenizer, [WRITTEN]))
+    assert kept == [None]
