@@ -122,7 +122,8 @@ def _quiet() -> None:
     for remark in (r".*isinstance\(treespec, LeafSpec\)", r".*is set, but there is no last checkpoint available"):
         warnings.filterwarnings("ignore", message=remark)
     # "GPU available: False", tips for a vendor's logger.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def run_lightning(args: list[str]) -> None:

@@ -218,6 +218,6 @@ def save_tiny_checkpoint(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    settings = stored_settings(tokens, network or tiny_network_config())
+    settings = stored_settings(tokens, network or tiny_network_config(), model)
     torch.save({"state_dict": state, "echat": settings, "global_step": step}, path)
     return path

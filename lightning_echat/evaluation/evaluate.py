@@ -210,6 +210,9 @@ def _what_the_run_left(out: Path) -> dict[str, Any]:
     stages: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for file in sorted(out.glob("*/stage_summary.json"), key=lambda f: f.stat().st_mtime):
+        # What a recipe moved aside was trained with other settings and is not part of this run.
+        if file.parent.suffix == ".stale":
+            continue
         summary = json.loads(file.read_text())
         stages[file.parent.name] = {k: summary[k] for k in ("seconds", "steps", "loss_first", "loss_last")}
         health = file.with_name("data_health.json")

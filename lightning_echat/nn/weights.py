@@ -6,6 +6,7 @@ Checkpoints are read with `weights_only=True`: nothing in them is executed.
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
 import pickle
 from collections.abc import Sequence
@@ -112,9 +113,14 @@ class TrainedModel:
     step: int
 
 
-def stored_settings(tokens: TokensConfig, network: NetworkConfig) -> dict[str, Any]:
-    """What a checkpoint keeps so that `load_trained` can build the network again, as plain values."""
-    return {"tokens": asdict(tokens), "network": asdict(network)}
+def stored_settings(tokens: TokensConfig, network: NetworkConfig, model: EChatModel) -> dict[str, Any]:
+    """What a checkpoint keeps so that `load_trained` can build the network again, as plain values.
+
+    The language model's architecture is spelled out, so that nobody needs the model it was made from.
+    """
+    settings = {"tokens": asdict(tokens), "network": asdict(network)}
+    settings["network"]["llm"]["architecture"] = json.loads(model.lm.causal_lm.config.to_json_string())
+    return settings
 
 
 def load_trained(path: str | Path) -> TrainedModel:

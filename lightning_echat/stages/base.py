@@ -99,16 +99,22 @@ class EChatStage(L.LightningModule):
             load_from(self.model, self.init_from, new_parts=self.init_new_parts)
         else:
             load_pretrained_parts(self.model)
-        set_trainable(self.model, self.trainable_patterns)
+        # The auxiliary heads exist for training only, so they train whatever else does.
+        auxiliary = ("auxiliary.*",) if self.model.auxiliary is not None else ()
+        set_trainable(self.model, (*self.trainable_patterns, *auxiliary))
 
     def on_train_start(self) -> None:
-        """Start an empty accumulation window."""
+        """Start an empty accumulation window, with dropout where something trains and nowhere else.
+
+        Lightning leaves the mode as it finds it, and pretrained models come in eval mode.
+        """
+        assert self.model is not None
         self._window_tokens = None
+        self.model.train()
+        frozen_in_eval(self.model)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of the batch. `on_before_optimizer_step` divides its gradient."""
-        assert self.model is not None
-        frozen_in_eval(self.model)
         output, loss = self._losses(batch)
         total = loss.text + loss.speech + self._auxiliary_loss(batch, output)
         supervised = loss.num_text + loss.num_speech
@@ -135,7 +141,8 @@ class EChatStage(L.LightningModule):
         for key, metric in self._validation_losses.items():
             value = metric.compute()
             if not torch.isnan(value):
-                self.log(key, value)
+                # Every rank has the same value; without sync_dist Lightning warns that they might differ.
+                self.log(key, value, sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
@@ -171,11 +178,14 @@ class EChatStage(L.LightningModule):
             self.model.eval()
             self._answered = (batch, generate(self.model, batch, self.dialogue_tokenizer, self.decoding))
             self.model.train(training)
+            if training:
+                frozen_in_eval(self.model)
         return self._answered[1]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to build the network again, as plain values."""
-        checkpoint["echat"] = stored_settings(self.tokens, self.network)
+        assert self.model is not None
+        checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
 
     def _losses(self, batch: PackedBatch) -> tuple[EChatOutput, TokenLoss]:
         assert self.model is not None

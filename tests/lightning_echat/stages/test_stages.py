@@ -98,7 +98,10 @@ def test_a_stage_learns_a_few_dialogues_by_heart(tmp_path, tokens, shards, kind)
 
 @pytest.mark.parametrize(
     ("kind", "moving"),
-    [(UnderstandingStage, {"encoder", "adapter"}), (GenerationStage, {"encoder", "adapter", "lm"})],
+    [
+        (UnderstandingStage, {"encoder", "adapter", "auxiliary"}),
+        (GenerationStage, {"encoder", "adapter", "lm", "auxiliary"}),
+    ],
 )
 def test_a_stage_trains_its_own_parts_and_no_other(tmp_path, tokens, shards, kind, moving):
     stage = kind(tokens=tokens, network=tiny_network_config(auxiliary_labels=("age",)), optimizer=ADAM)
