@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_echat.contracts import GeneratedReply, PackedBatch, UserError
 from lightning_echat.tokens.prompts import PromptSet
@@ -36,6 +36,43 @@ def answering_stage(pl_module: LightningModule, *, callback: object) -> Answerin
         name, module = type(callback).__name__, type(pl_module).__name__
         raise UserError(f"{name} needs a stage that answers, which {module} does not; take {name} out")
     return cast(AnsweringStage, pl_module)
+
+
+class AnswerMetrics(Callback):
+    """Base of callbacks that measure the answers to the first batches of every validation set.
+
+    Args:
+        max_batches: Batches of each set, on each rank, that are answered.
+    """
+
+    def __init__(self, *, max_batches: int) -> None:
+        super().__init__()
+        if max_batches < 1:
+            raise UserError(f"{type(self).__name__}: max_batches must be at least 1, not {max_batches}")
+        self.max_batches = max_batches
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that does not answer."""
+        answering_stage(pl_module, callback=self)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Answer the batch and add the answers."""
+        if trainer.sanity_checking or batch_idx >= self.max_batches:
+            return
+        stage = answering_stage(pl_module, callback=self)
+        self._add(stage, batch, set_name=validation_names(trainer)[dataloader_idx])
+
+    def _add(self, stage: AnsweringStage, batch: PackedBatch, *, set_name: str) -> None:
+        """Add the answers to a batch to what is measured of its set."""
+        raise NotImplementedError
 
 
 def validation_names(trainer: Trainer) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import SumMetric
 
-from callbacks.answering import AnsweringStage, answering_stage, log_validation, validation_names
-from lightning_echat.contracts import GeneratedReply, PackedBatch, UserError
+from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
+from lightning_echat.contracts import GeneratedReply, PackedBatch
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import JudgeScore
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
@@ -20,7 +19,7 @@ from lightning_echat.tokens.tasks import traits_of
 from lightning_echat.tokens.thinking import ThinkingFormat
 
 
-class EmpathyEvaluation(Callback):
+class EmpathyEvaluation(AnswerMetrics):
     """Logs the rubric judge's scores (0 to 100) of the validation sets whose task is a conversation.
 
     Keys: `val/<set>/empathy/<category>` for the categories of `evaluation.items`, `val/<set>/empathy/mean` over all
@@ -33,36 +32,14 @@ class EmpathyEvaluation(Callback):
     """
 
     def __init__(self, *, max_batches: int = 8, rubric: str = DEFAULT_RUBRIC) -> None:
-        super().__init__()
-        if max_batches < 1:
-            raise UserError(f"EmpathyEvaluation: max_batches must be at least 1, not {max_batches}")
-        self.max_batches = max_batches
+        super().__init__(max_batches=max_batches)
         self.judge = RubricJudge(rubric)
         self._sums: dict[str, _ScoreSums] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that does not answer."""
-        answering_stage(pl_module, callback=self)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty. Every rank has every set's sums, whatever it will see of them."""
         if not trainer.sanity_checking:
             self._sums = {name: _ScoreSums(pl_module.device) for name in validation_names(trainer)}
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answer the batch and score the replies."""
-        if trainer.sanity_checking or batch_idx >= self.max_batches:
-            return
-        stage = answering_stage(pl_module, callback=self)
-        self._add(stage, batch, set_name=validation_names(trainer)[dataloader_idx])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means over all ranks."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from callbacks.answering import AnsweringStage, answering_stage, log_validation, validation_names
-from lightning_echat.contracts import PackedBatch, UserError
+from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
+from lightning_echat.contracts import PackedBatch
 from lightning_echat.metrics import UNPARSED, UnderstandingMetrics, parse_answer
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 
-class ParalinguisticAccuracy(Callback):
+class ParalinguisticAccuracy(AnswerMetrics):
     """Logs accuracy and macro-F1 per label set, word error rate and think-parse rate of every validation set.
 
     Keys: `val/<set>/accuracy/<label set>`, `val/<set>/macro_f1/<label set>`, `val/<set>/majority_baseline/<label set>`,
@@ -30,35 +28,13 @@ class ParalinguisticAccuracy(Callback):
     """
 
     def __init__(self, *, max_batches: int = 8) -> None:
-        super().__init__()
-        if max_batches < 1:
-            raise UserError(f"ParalinguisticAccuracy: max_batches must be at least 1, not {max_batches}")
-        self.max_batches = max_batches
+        super().__init__(max_batches=max_batches)
         self._metrics: dict[str, UnderstandingMetrics] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that does not answer."""
-        answering_stage(pl_module, callback=self)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty. Every rank has every set's metrics, whatever it will see of them."""
         if not trainer.sanity_checking:
             self._metrics = {name: UnderstandingMetrics(device=pl_module.device) for name in validation_names(trainer)}
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: PackedBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answer the batch and add the answers."""
-        if trainer.sanity_checking or batch_idx >= self.max_batches:
-            return
-        stage = answering_stage(pl_module, callback=self)
-        self._add(stage, batch, set_name=validation_names(trainer)[dataloader_idx])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was added, over all ranks."""

@@ -1,6 +1,6 @@
 """Heads on the speech encoder that only training uses: CTC over characters, and labels from pooled frames.
 
-A model trained from nothing learns to listen much sooner with them (docs/stages.md has the figures); pretrained
+A model trained from nothing learns to listen much sooner with them (docs/log.md has the figures); pretrained
 encoders do without.
 """
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import logging
 import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,8 +22,6 @@ from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
-
-_log = logging.getLogger(__name__)
 
 
 def latest_checkpoint(path: str | Path) -> Path:
@@ -58,8 +55,8 @@ def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -> None:
-    """Fill `model` from the checkpoint of an earlier stage.
+def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -> str:
+    """Fill `model` from the checkpoint of an earlier stage, and say in one line what came and what did not.
 
     Args:
         model: The network of this stage.
@@ -86,7 +83,9 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
                 f"announce parts that this stage adds with init_new_parts, or give the config it was trained with"
             )
     model.load_state_dict(state, strict=False)
-    _log.info("loaded %d of %d weights from %s; new: %s", len(state), len(own), path, sorted(set(own) - set(state)))
+    new = sorted(set(own) - set(state))
+    named = f"{', '.join(new[:3])}{f' and {len(new) - 3} more' if len(new) > 3 else ''}" if new else "nothing"
+    return f"init_from: {len(state)} of {len(own)} weights come from {path}; new in this stage: {named}"
 
 
 def _without_lora(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -96,7 +98,8 @@ class EChatStage(L.LightningModule):
             return
         self.model = EChatModel(self.network, tokens=self.tokens, vocabulary=self.dialogue_tokenizer.vocabulary)
         if self.init_from:
-            load_from(self.model, self.init_from, new_parts=self.init_new_parts)
+            report = load_from(self.model, self.init_from, new_parts=self.init_new_parts)
+            rank_zero_only(sys.stdout.write)(f"{report}\n")
         else:
             load_pretrained_parts(self.model)
         # The auxiliary heads exist for training only, so they train whatever else does.
