@@ -42,12 +42,15 @@ class LanguageModelConfig:
         pretrained: Load `weights`. False builds `architecture` with random weights.
         architecture: `model_type` and sizes as in a Hugging Face config.json. Empty: taken from `weights`.
         lora: Adapt the language model by LoRA; its own weights are then frozen.
+        gradient_checkpointing: Compute each layer again in backward instead of keeping what it computed: a third more
+            computing, and memory for one layer's activations instead of all.
     """
 
     weights: str = "Qwen/Qwen2.5-3B-Instruct"
     pretrained: bool = True
     architecture: dict[str, Any] = field(default_factory=dict)
     lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
 
 
 def _build_llm(config: LanguageModelConfig) -> PreTrainedModel:
@@ -84,6 +87,8 @@ class SpeechLanguageModel(nn.Module):
                 f"set it to {rows}"
             )
         self.width: int = llm.config.hidden_size
+        if config.gradient_checkpointing:
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora is not None:
             lora = LoraConfig(
                 task_type="CAUSAL_LM",

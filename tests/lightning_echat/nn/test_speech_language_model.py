@@ -9,7 +9,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig, SpeechLanguageModel
 from lightning_echat.nn.trainable_parts import set_trainable
-from lightning_echat.testing import tiny_model, tiny_network_config
+from lightning_echat.testing import dummy_batch, tiny_model, tiny_network_config
+from lightning_echat.tokens.tasks import DialogueTask
 
 ARCHITECTURE = tiny_network_config().llm
 EMBEDDING = "llm.model.embed_tokens.weight"
@@ -103,3 +104,21 @@ def test_lora_starts_as_the_model_it_adapts(tokens, tokenizer):
         base: Any = adapted.llm.unload()
         expected = base.get_decoder()(inputs_embeds=adapted.embed(ids), position_ids=positions).last_hidden_state
     torch.testing.assert_close(hidden, expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokens, tokenizer):
+    batch, gradients = dummy_batch(tokenizer, [DialogueTask(kind="transcribe")]), []
+    for checkpointed in (False, True):
+        network = tiny_network_config()
+        network = replace(network, llm=replace(network.llm, gradient_checkpointing=checkpointed))
+        model = tiny_model(tokens, network=network, seed=1).train()
+        calls: list[int] = []
+        torch.manual_seed(2)
+        layer = model.lm.causal_lm.get_decoder().layers[0]
+        layer.self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(batch).hidden_states.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert len(calls) == (2 if checkpointed else 1)
+    plain, again = gradients
+    assert plain.keys() == again.keys() and plain
+    assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
