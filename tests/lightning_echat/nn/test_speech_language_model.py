@@ -114,8 +114,8 @@ def test_gradient_checkpointing_changes_no_gradient(tokens, tokenizer):
         model = tiny_model(tokens, network=network, seed=1).train()
         calls: list[int] = []
         torch.manual_seed(2)
-        layer = model.lm.causal_lm.get_decoder().layers[0]
-        layer.self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        attention = model.get_submodule("lm.llm.model.layers.0.self_attn")
+        attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(batch).hidden_states.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert len(calls) == (2 if checkpointed else 1)
