@@ -141,5 +141,7 @@ def test_a_file_that_holds_no_answers_is_named_in_one_line(tmp_path, content, me
 def test_a_records_file_is_plain_json(tmp_path, make_record):
     with RecordWriter(tmp_path, name="dialogues", made_by="me") as writer:
         writer.write(score_records([make_record(labels={})], judge=RubricJudge())[0])
-    for line in (tmp_path / "dialogues.jsonl").read_text().splitlines():
+    lines = (tmp_path / "dialogues.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
