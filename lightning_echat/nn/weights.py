@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
+from lightning_echat.nn.sharded_files import is_sharded, read_sharded
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
@@ -25,20 +26,27 @@ from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensCo
 
 
 def latest_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/."""
+    """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/.
+
+    A checkpoint is a file, or a folder where the run was sharded.
+    """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_sharded(path):
         return path
-    found = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    named = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    # Folders without their index, and links to what is gone, are no checkpoints.
+    found = [c for c in named if c.is_file() or is_sharded(c)]
     if not found:
-        raise UserError(f"no checkpoint at {path}; give a .ckpt file or the folder of a run that has saved one")
+        raise UserError(f"no checkpoint at {path}; give a checkpoint or the folder of a run that has saved one")
     # Lightning writes last-v1.ckpt where an earlier run has left a last.ckpt.
     last = [c for c in found if c.name.startswith("last")]
     return max(last or found, key=lambda c: c.stat().st_mtime_ns)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read without executing anything in it."""
+    """A Lightning checkpoint, whole or sharded, read without executing anything in it."""
+    if path.is_dir():
+        return read_sharded(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
