@@ -171,7 +171,7 @@ class ShardedStrategy(ModelParallelStrategy):
         try:
             yield
         except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-            own, problem = error, f"rank {self.global_rank}: {_reason(error)}"
+            own, problem = error, _problem(error, self.global_rank)
         problems: list[str] = [problem] * self.world_size
         if dist.is_initialized():
             dist.all_gather_object(problems, problem)
@@ -181,12 +181,12 @@ class ShardedStrategy(ModelParallelStrategy):
             raise UserError(f"{what}: {next(text for text in problems if text)}") from own
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost thing that went wrong, in one line; DCP wraps what its ranks report."""
+def _problem(error: BaseException, rank: int) -> str:
+    """Whose trouble it is and what, in one line; DCP raises on every rank what one of them met."""
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+        rank, (error, _) = next(iter(error.failures.items()))
     lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    return f"rank {rank}: {lines[0] if lines else type(error).__name__}"
 
 
 def _discard(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,22 @@ multiprocessing.set_forkserver_preload(["lightning_echat.stages.empathy", "light
 def run_on_ranks(function: Callable[..., None], *args: Any, ranks: int = 2) -> None:
     """Call `function(*args)` in so many processes; one that fails ends all, and its traceback is raised here."""
     start_processes(_run_rank, args=(ranks, free_port(), function, args), nprocs=ranks, start_method="forkserver")
+
+
+def statuses_of_ranks(function: Callable[..., None], *args: Any, within: float, ranks: int = 2) -> list[int | None]:
+    """The exit statuses of such processes, each left to end by itself; None for one that did not in so many seconds."""
+    context = multiprocessing.get_context("forkserver")
+    port = free_port()
+    processes = [context.Process(target=_run_rank, args=(rank, ranks, port, function, args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    ends = time.monotonic() + within
+    for process in processes:
+        process.join(max(0.0, ends - time.monotonic()))
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_echat.contracts import PackedBatch
 from lightning_echat.data.batching import collate
@@ -36,25 +37,40 @@ MICRO_BATCHES = [
 ]
 
 
-class Listed(LightningDataModule):
-    """Ready batches, dealt out to the ranks in turn."""
+class _Rest(IterableDataset):
+    """What is left of a list from one place on. Without a length, as streams are."""
 
-    def __init__(self, batches: list[PackedBatch], validation: list[PackedBatch] | None = None) -> None:
+    def __init__(self, batches: list[PackedBatch], first: int) -> None:
+        self.batches, self.first = batches, first
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        yield from self.batches[self.first :]
+
+
+class Listed(LightningDataModule):
+    """Ready batches, dealt out to the ranks in turn.
+
+    Args:
+        batches: For training.
+        validation: One set of them, in which every rank has equally many.
+        first: Of a rank's training batches, where a run goes on.
+    """
+
+    def __init__(self, batches: list[PackedBatch], validation: list[PackedBatch] | None = None, first: int = 0) -> None:
         super().__init__()
-        self.batches = batches
-        self.validation = validation or []
+        self.batches, self.validation, self.first = batches, validation or [], first
         self.validation_names = ["dialogue"] if validation else []
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        return self._own(self.batches)
+        return self._own(self.batches, self.first)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
         return [self._own(self.validation)] if self.validation else []
 
-    def _own(self, batches: list[PackedBatch]) -> DataLoader[PackedBatch]:
+    def _own(self, batches: list[PackedBatch], first: int = 0) -> DataLoader[PackedBatch]:
         assert self.trainer is not None
         own = batches[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(own, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(_Rest(own, first), batch_size=None)
 
 
 class Record(Callback):
@@ -86,16 +102,30 @@ def make_stage(tokens: TokensConfig, *, network: NetworkConfig | None = None, **
 
 def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    defaults = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False, "use_distributed_sampler": False}
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
     return Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **defaults, **options})
 
 
 def train(
-    stage: EChatStage, batches: list[PackedBatch], folder: Path, *, ckpt_path: str | None = None, **options: Any
-) -> None:
+    stage: EChatStage,
+    batches: list[PackedBatch],
+    folder: Path,
+    *callbacks: Callback,
+    validation: list[PackedBatch] | None = None,
+    first: int = 0,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Trainer:
     """Train, and leave rank<n>.pt of `Record` in the folder."""
-    trainer = make_trainer(folder, Record(folder), *options.pop("callbacks", []), **options)
-    trainer.fit(stage, datamodule=Listed(batches), ckpt_path=ckpt_path)
+    trainer = make_trainer(folder, Record(folder), *callbacks, **options)
+    trainer.fit(stage, datamodule=Listed(batches, validation, first), ckpt_path=ckpt_path)
+    return trainer
 
 
 def recorded(folder: Path, *, window: int = 1) -> tuple[list[float], dict[str, Tensor]]:

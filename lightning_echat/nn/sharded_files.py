@@ -6,21 +6,25 @@ A folder holds `.metadata` (what tensors there are and where), one `.distcp` fil
 
 from __future__ import annotations
 
+import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_echat.contracts import UserError
 
 _METADATA = ".metadata"
 _REST = "meta.pt"
+_WEIGHTS = "state_dict."
 _TRUSTED = {
     *(
         ("torch.distributed.checkpoint.metadata", name)
@@ -59,22 +63,58 @@ def check_sharded(path: Path) -> None:
             raise UserError(f"checkpoint {path} lacks {file}; use another checkpoint")
 
 
-def read_sharded(path: Path) -> dict[str, Any]:
-    """A sharded checkpoint as one of a single file has it: whole weights on the CPU, without the optimizer's state."""
+def read_sharded(path: Path, *, optimizer: bool = False) -> dict[str, Any]:
+    """A sharded checkpoint as one of a single file has it: whole tensors on the CPU.
+
+    Args:
+        path: The folder.
+        optimizer: Also the optimizers' states, as a list under "optimizer_states", by names of parameters.
+    """
     check_sharded(path)
     try:
         rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
-        state = {
+        index = _read_metadata(path)
+        flat: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in _read_metadata(path).state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith("state_dict.")
+            if isinstance(entry, TensorStorageMetadata)
+            else io.BytesIO()
+            for name, entry in index.state_dict_metadata.items()
+            if optimizer or name.startswith(_WEIGHTS)
         }
-        load(state, storage_reader=FileSystemReader(path), no_dist=True)
+        planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with warnings.catch_warnings():
+            # It remarks that it reads on one process, which is what it was asked for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(flat, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, CheckpointException) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read checkpoint {path}: {reason}") from error
-    weights: dict[str, Tensor] = {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}
-    return {**rest, "state_dict": weights}
+    weights = {name.removeprefix(_WEIGHTS): tensor for name, tensor in flat.items() if name.startswith(_WEIGHTS)}
+    whole = {**rest, "state_dict": weights}
+    if optimizer:
+        paths = index.planner_data or {}
+        nested = _nested({paths[name]: value for name, value in flat.items() if not name.startswith(_WEIGHTS)})
+        whole["optimizer_states"] = [nested[name] for name in sorted(nested)]
+    return whole
+
+
+def _nested(flat: dict[tuple[str | int, ...], Any]) -> Any:
+    """Values under paths of keys -> dicts of dicts, and lists where the keys are numbers."""
+    if list(flat) == [()]:
+        return flat[()]
+    below: dict[str | int, dict[tuple[str | int, ...], Any]] = {}
+    for (key, *rest), value in flat.items():
+        below.setdefault(key, {})[tuple(rest)] = value
+    if all(isinstance(key, int) for key in below):
+        return [_nested(below[key]) for key in sorted(below)]
+    return {key: _nested(part) for key, part in below.items()}
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """What is no tensor is a pickle as well, read like any checkpoint: nothing in it is executed."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
 class _IndexUnpickler(pickle.Unpickler):

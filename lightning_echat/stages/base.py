@@ -94,6 +94,8 @@ class EChatStage(L.LightningModule):
         self._validation_losses: dict[str, MeanTokenLoss] = {}
         self._answered: tuple[PackedBatch, list[GeneratedReply]] | None = None
         self._random_state: Mapping[str, Tensor] | None = None
+        self._asked_to_stop = False
+        self._ranks_asked_to_stop: Tensor | int = 0
 
     def configure_model(self) -> None:
         """Build the network once the strategy is there; Lightning may call this more than once."""
@@ -158,20 +160,31 @@ class EChatStage(L.LightningModule):
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
 
         Lightning has divided each micro-batch by `accumulate_grad_batches` and DDP or FSDP has averaged over ranks:
-        both are undone. Clipping comes after this hook, so it sees the true norm.
+        both are undone. Clipping comes after this hook, so it sees the true norm. The same sum tells every rank
+        whether one was asked to stop.
         """
         assert self._window_tokens is not None
-        total = self._window_tokens.clone()
+        sums = torch.stack([self._window_tokens, self._window_tokens.new_tensor(int(self._asked_to_stop))])
         world = 1
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
             world = dist.get_world_size()
+        total, self._ranks_asked_to_stop = sums
         scale = world * self.trainer.accumulate_grad_batches / total.clamp_min(1)
         for parameter in self._trainable_parameters():
             if parameter.grad is not None:
                 gradient = local(parameter.grad)
                 gradient.mul_(scale.to(gradient))
         self._window_tokens = None
+
+    def ask_to_stop(self) -> None:
+        """Let this rank tell the others, with the next optimizer step, that training shall end. Safe in a handler."""
+        self._asked_to_stop = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a rank was asked to stop before the last optimizer step: the same on all ranks."""
+        return bool(self._ranks_asked_to_stop)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the schedule stepped at every optimizer step."""
@@ -225,9 +238,11 @@ class EChatStage(L.LightningModule):
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
         checkpoint["random_states"] = gathered(_random_state())
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's random state until training starts: what comes before it draws too."""
+        """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
+        recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
         states = checkpoint.get("random_states", [])
         self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
 
@@ -292,6 +307,18 @@ def _means(loss: TokenLoss) -> list[tuple[str, Tensor, int]]:
         ("text", loss.text.detach() / loss.num_text.clamp_min(1), int(loss.num_text)),
         ("speech", loss.speech.detach() / loss.num_speech.clamp_min(1), int(loss.num_speech)),
     ]
+
+
+def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
+    """Turn the progress of a run into what it would be with another accumulation, as with another number of ranks.
+
+    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one.
+    """
+    before = checkpoint.get("accumulate_grad_batches", accumulate)
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("total", {}), progress.get("current", {})):
+        for name, count in counts.items():
+            counts[name] = count // before * accumulate if before != accumulate else count
 
 
 def _random_state() -> dict[str, Tensor]:
