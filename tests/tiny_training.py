@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
@@ -153,3 +155,29 @@ def batches_of(tokenizer: DialogueTokenizer) -> tuple[list[PackedBatch], list[Pa
         micro.append(collate(dialogues[-1], padding=tokenizer.vocabulary.padding))
     whole = [collate(list(chain(*dialogues[at : at + 4])), padding=tokenizer.vocabulary.padding) for at in (0, 4)]
     return micro, whole
+
+
+class TinyData(Listed):
+    """`Listed` for the command line: the micro-batches, from the optimizer step on at which a run was saved."""
+
+    def __init__(self, tokens: TokensConfig) -> None:
+        super().__init__(batches_of(DialogueTokenizer.from_config(tokens))[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"first": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first = state_dict["first"]
+
+
+class KillOnce(Callback):
+    """Kills one rank in its third step, the first time that a run gets there."""
+
+    def __init__(self, mark: Path, rank: int = 1) -> None:
+        self.mark, self.rank = mark, rank
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == self.rank and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,111 @@
+"""Runs as a cluster starts them: torchrun and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_echat.testing import tiny_network_config
+from lightning_echat.tokens.dialogue_template import TokensConfig
+from tests.ranks import free_port
+from tests.tiny_training import recorded
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int) -> Path:
+    """An experiment of four optimizer steps that saves at each."""
+    saving = {"save_last": "link", "save_top_k": -1, "every_n_train_steps": 1}
+    trainer = {
+        "default_root_dir": str(folder),
+        "accelerator": "cpu",
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "max_steps": 4,
+        "use_distributed_sampler": False,
+        "logger": False,
+        "enable_progress_bar": False,
+        "strategy": {"class_path": "lightning_echat.parallel.ShardedStrategy", "init_args": {"timeout": "0:01:00"}},
+        "callbacks": [
+            {"class_path": "callbacks.stage_checkpoint.StageCheckpoint", "init_args": saving},
+            {"class_path": "tests.tiny_training.Record", "init_args": {"folder": str(folder)}},
+            *callbacks,
+        ],
+    }
+    stage = {"tokens": asdict(tokens), "network": asdict(tiny_network_config())}
+    config = {
+        "trainer": trainer,
+        "model": {"class_path": "lightning_echat.stages.empathy.EmpathyStage", "init_args": stage},
+        "data": {"class_path": "tests.tiny_training.TinyData"},
+    }
+    folder.mkdir(parents=True)
+    path = folder / "experiment.yaml"
+    # Through JSON's types: tuples have no plain YAML.
+    path.write_text(yaml.safe_dump(yaml.load(yaml.dump(config), _PlainLoader)))
+    return path
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads Python's tuples as lists."""
+
+
+_PlainLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
+)
+
+
+def torchrun(config: Path, *options: str) -> list[str]:
+    """The documented launch."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    fit = ["fit", "--config", str(config), "--ckpt_path", "last"]
+    return [*launcher, "--no-python", sys.executable, "-c", "from lightning_echat.cli import main; main()", *fit]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    alone = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": paths}
+    return {**os.environ, **alone, **more}
+
+
+def launch(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = torchrun(config, "--standalone", "--nproc-per-node", "2", *options)
+    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+
+
+def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(tmp_path, tokens):
+    """kill -9 of one rank mid-step; the restarted ranks go on from the last whole checkpoint, to the bit."""
+    calm = launch(write_config(tmp_path / "calm", tokens, num_nodes=1, devices=2))
+    assert calm.returncode == 0, calm.stderr[-2000:]
+    mark = {"class_path": "tests.tiny_training.KillOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    killed = launch(write_config(tmp_path / "killed", tokens, mark, num_nodes=1, devices=2), "--max-restarts", "1")
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    assert (tmp_path / "mark").exists()
+    assert "echat: rank 0 was left alone" in killed.stderr
+    whole, weights = recorded(tmp_path / "calm")
+    rest, ends = recorded(tmp_path / "killed")
+    assert len(whole) == 4 and rest == whole[2:]
+    for name, tensor in weights.items():
+        assert torch.equal(ends[name], tensor), name
+
+
+def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens):
+    """Static rendezvous: a launcher a node, and replicas across nodes."""
+    config = write_config(tmp_path / "nodes", tokens, num_nodes=2, devices=1)
+    port = str(free_port())
+    both = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    words = [[*torchrun(config, *both, "--node-rank", rank), "--trainer.strategy.replicas", "nodes"] for rank in "01"]
+    nodes = [subprocess.Popen(each, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for each in words]
+    said = [node.communicate(timeout=400)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
+    calm = launch(write_config(tmp_path / "calm", tokens, num_nodes=1, devices=2))
+    assert calm.returncode == 0, calm.stderr[-2000:]
+    assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(tmp_path / "calm")[0], rel=1e-6)
