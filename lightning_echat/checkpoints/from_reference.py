@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from lightning_echat.checkpoints.model_card import CardFields, write_card
+from lightning_echat.checkpoints.model_card import SPOKEN, CardFields, write_card
 from lightning_echat.checkpoints.planned_tensors import open_tensors
 from lightning_echat.checkpoints.reference_layout import (
     Conversion,
@@ -209,8 +209,8 @@ def _llm_config(llm: str) -> PreTrainedConfig:
 
 def _card(fields: CardFields, *, checkpoint: Path, llm: str, out: Path) -> str:
     usage = f"echat chat --checkpoint {out.name} --audio question.wav"
-    origin = f"The weights are those of `{checkpoint.name}`, a released OSUM-EChat checkpoint built on {llm}."
-    return write_card(fields, name=out.name, origin=origin, report=None, usage=usage)
+    about = f"{SPOKEN} The weights are those of `{checkpoint.name}`, a released OSUM-EChat checkpoint built on {llm}."
+    return write_card(fields, name=out.name, about=about, report=None, usage=usage)
 
 
 def _print_summary(

@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig
 
-from lightning_echat.checkpoints.model_card import CardFields, write_card
+from lightning_echat.checkpoints.model_card import SPOKEN, CardFields, write_card
 from lightning_echat.checkpoints.planned_tensors import PlannedTensor, merge_lora, write_sharded
 from lightning_echat.checkpoints.write_folder import (
     CARD_NAME,
@@ -27,6 +27,7 @@ from lightning_echat.tokens.dialogue_template import TokensConfig, load_tokenize
 
 _LLM = "lm.llm."
 _PEFT = "lm.llm.base_model.model."
+_ALONE = "The language model of a spoken dialogue model, without what hears and speaks."
 _NOT_FOR_A_STAGE = ("gradient_checkpointing", "lora", "pretrained")
 """Settings of the language model that are the next stage's own choice, or follow from loading the folder."""
 
@@ -62,7 +63,7 @@ def to_hf(
     card_text = write_card(
         card or CardFields(),
         name=out.resolve().name,
-        origin=f"The weights are those of a training of {step} optimizer steps.",
+        about=f"{SPOKEN if part == 'all' else _ALONE} Its last training took {step} optimizer steps.",
         report=report or (own_report if own_report.is_file() else None),
         usage=_usage(part, out.name),
     )
@@ -136,7 +137,10 @@ def write_llm_folder(folder: Path, parts: ModelParts, *, max_shard_size: str) ->
     write_generation_config(folder, tokenizer)
     write_sharded(folder, tensors, max_shard_size=max_shard_size)
     (folder / CARD_NAME).write_text(parts.card, encoding="utf-8")
-    return [f"left behind: {len(parts.tensors) - len(tensors)} tensors of speech encoder, adapter and speech codes"]
+    remarks = [f"left behind: {len(parts.tensors) - len(tensors)} tensors of speech encoder, adapter and speech codes"]
+    if parts.network["llm"].get("rotary_bfloat16"):
+        remarks.append("transformers keeps rotary positions in float32, so its losses differ from these by up to 4e-4")
+    return remarks
 
 
 def distinct(planned: Mapping[str, PlannedTensor | Tensor]) -> tuple[dict[str, PlannedTensor], dict[str, str]]:

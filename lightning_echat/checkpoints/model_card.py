@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from lightning_echat import __version__
 from lightning_echat.contracts import UserError
 
+SPOKEN = "An empathetic spoken dialogue model: it hears speech and answers in text and speech codes."
+
 
 @dataclass(frozen=True, kw_only=True)
 class CardFields:
@@ -33,13 +35,13 @@ class CardFields:
     language: list[str] = field(default_factory=list)
 
 
-def write_card(fields: CardFields, *, name: str, origin: str, report: Path | None, usage: str) -> str:
+def write_card(fields: CardFields, *, name: str, about: str, report: Path | None, usage: str) -> str:
     """The text of a model card.
 
     Args:
         fields: What the user gave.
         name: Of the model where the user gave none.
-        origin: A sentence on where the weights come from.
+        about: What the model is and where its weights come from.
         report: report.json of `echat evaluate`; the card says so where there is none.
         usage: Code that loads the model.
 
@@ -52,7 +54,7 @@ def write_card(fields: CardFields, *, name: str, origin: str, report: Path | Non
         model_name=name,
         license=fields.license,
         base_model=fields.base_model or None,
-        datasets=fields.datasets or None,
+        datasets=fields.datasets,
         language=fields.language or None,
         library_name="lightning-echat",
         pipeline_tag="audio-text-to-text",
@@ -74,7 +76,7 @@ def write_card(fields: CardFields, *, name: str, origin: str, report: Path | Non
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
-        f"An empathetic spoken dialogue model: it hears speech and answers in text and speech codes. {origin}",
+        about,
         f"Written by lightning-echat {__version__}.",
         "## Use",
         f"```\n{usage}\n```",

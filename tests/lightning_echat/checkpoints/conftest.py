@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_echat.checkpoints.from_reference import from_reference
 from lightning_echat.checkpoints.reference_prompts import ReferencePrompts, reference_prompt_set
+from lightning_echat.testing import tiny_tokens_config
+from lightning_echat.tokens.dialogue_template import DialogueTokenizer
 
 PARITY = Path(__file__).parents[4] / "shared/reference/parity"
 
@@ -57,3 +59,8 @@ def converted(parity, reference_prompts, tmp_path_factory) -> Path:
     content = reference_prompt_set(reference_prompts)
     (folder / "prompt_set.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compact(tmp_path_factory) -> DialogueTokenizer:
+    return DialogueTokenizer.from_config(tiny_tokens_config(Path(tmp_path_factory.mktemp("tokenizer"))))
