@@ -144,12 +144,14 @@ def write_llm_folder(folder: Path, parts: ModelParts, *, max_shard_size: str) ->
 
 
 def distinct(planned: Mapping[str, PlannedTensor | Tensor]) -> tuple[dict[str, PlannedTensor], dict[str, str]]:
-    """Each tensor under its first name, and other name -> first name where a tensor has several."""
+    """Each tensor under its first name, and other name -> first name where a tensor has several.
+
+    A model names its embedding before the head that shares it, which is the name that Hugging Face keeps too.
+    """
     kept: dict[str, PlannedTensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    for name in sorted(planned):
-        tensor = planned[name]
+    for name, tensor in planned.items():
         if isinstance(tensor, PlannedTensor):
             kept[name] = tensor
             continue

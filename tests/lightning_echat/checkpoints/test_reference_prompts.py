@@ -124,7 +124,7 @@ def test_earlier_turns_stand_as_the_reference_has_them(clone, tmp_path, compact)
     assert edge not in silent.input_ids.tolist()
 
 
-def test_the_fake_chat_task_is_another_system_text(reference_prompts, expected, compact):
+def test_the_fake_chat_task_is_another_system_text(reference_prompts):
     """`s2t_chat_fake` of the reference answers in text under the words of thinking aloud: data, not a template."""
     words = reference_prompt_set(reference_prompts)
     words["tasks"]["speech_to_text"]["system"] = reference_prompts.system["s2t_chat_fake"]
