@@ -22,6 +22,9 @@ IGNORE_INDEX = -100
 SAMPLE_RATE = 16_000
 """Hz. Every waveform inside the platform has it; readers resample, writers say what they wrote."""
 
+MODEL_TYPE = "echat"
+"""`model_type` in the config.json of a model of this project."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the command prints the message, one line, and exits with 2.
