@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
@@ -15,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_echat.contracts import EChatOutput, GeneratedReply, PackedBatch, UserError
+from lightning_echat.contracts import DialogueReference, EChatOutput, GeneratedReply, PackedBatch, UserError
+from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
 from lightning_echat.metrics import MeanTokenLoss
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weights import load_from, stored_settings
+from lightning_echat.parallel import any_rank, gathered, local, reshard, sharded
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -91,6 +93,9 @@ class EChatStage(L.LightningModule):
         self._window_tokens: Tensor | None = None
         self._validation_losses: dict[str, MeanTokenLoss] = {}
         self._answered: tuple[PackedBatch, list[GeneratedReply]] | None = None
+        self._random_state: Mapping[str, Tensor] | None = None
+        self._asked_to_stop = False
+        self._ranks_asked_to_stop: Tensor | int = 0
 
     def configure_model(self) -> None:
         """Build the network once the strategy is there; Lightning may call this more than once."""
@@ -105,6 +110,8 @@ class EChatStage(L.LightningModule):
         # The auxiliary heads exist for training only, so they train whatever else does.
         auxiliary = ("auxiliary.*",) if self.model.auxiliary is not None else ()
         set_trainable(self.model, (*self.trainable_patterns, *auxiliary))
+        if (strategy := sharded(self._trainer)) is not None:
+            strategy.shard(self, self.model, entries=("training_step", "_validate", "_answer"))
 
     def on_train_start(self) -> None:
         """Start an empty accumulation window, with dropout where something trains and nowhere else.
@@ -115,6 +122,7 @@ class EChatStage(L.LightningModule):
         self._window_tokens = None
         self.model.train()
         frozen_in_eval(self.model)
+        self._restore_random_state()
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of the batch. `on_before_optimizer_step` divides its gradient."""
@@ -134,13 +142,14 @@ class EChatStage(L.LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to its set's mean loss per supervised id."""
-        _, loss = self._losses(batch)
+        loss = self._validate(batch)
         name = self._validation_names()[dataloader_idx]
         self._validation_losses[f"val/{name}/loss/text"].update(loss.text, loss.num_text)
         self._validation_losses[f"val/{name}/loss/speech"].update(loss.speech, loss.num_speech)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, reduced over ranks; a kind of target that no batch held is left out."""
+        reshard(self)
         for key, metric in self._validation_losses.items():
             value = metric.compute()
             if not torch.isnan(value):
@@ -151,19 +160,31 @@ class EChatStage(L.LightningModule):
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
 
         Lightning has divided each micro-batch by `accumulate_grad_batches` and DDP or FSDP has averaged over ranks:
-        both are undone. Clipping comes after this hook, so it sees the true norm.
+        both are undone. Clipping comes after this hook, so it sees the true norm. The same sum tells every rank
+        whether one was asked to stop.
         """
         assert self._window_tokens is not None
-        total = self._window_tokens.clone()
+        sums = torch.stack([self._window_tokens, self._window_tokens.new_tensor(int(self._asked_to_stop))])
         world = 1
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
             world = dist.get_world_size()
+        total, self._ranks_asked_to_stop = sums
         scale = world * self.trainer.accumulate_grad_batches / total.clamp_min(1)
         for parameter in self._trainable_parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+                gradient = local(parameter.grad)
+                gradient.mul_(scale.to(gradient))
         self._window_tokens = None
+
+    def ask_to_stop(self) -> None:
+        """Let this rank tell the others, with the next optimizer step, that training shall end. Safe in a handler."""
+        self._asked_to_stop = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a rank was asked to stop before the last optimizer step: the same on all ranks."""
+        return bool(self._ranks_asked_to_stop)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the schedule stepped at every optimizer step."""
@@ -179,16 +200,62 @@ class EChatStage(L.LightningModule):
         if self._answered is None or self._answered[0] is not batch:
             training = self.model.training
             self.model.eval()
-            self._answered = (batch, generate(self.model, batch, self.dialogue_tokenizer, self.decoding))
+            self._answered = (batch, self._answer(batch))
             self.model.train(training)
             if training:
                 frozen_in_eval(self.model)
+            reshard(self)
         return self._answered[1]
+
+    def _answer(self, batch: PackedBatch) -> list[GeneratedReply]:
+        """Generate. Ranks that share a sharded network take the same steps until the last of them is done."""
+        assert self.model is not None
+        if sharded(self._trainer) is None:
+            return generate(self.model, batch, self.dialogue_tokenizer, self.decoding)
+        config = self.decoding
+        asked = batch
+        if not batch.references:
+            # This rank has nothing to ask and yet must be there: it answers a question of one id, with one id.
+            asked, config = self._no_question(batch), replace(config, max_text_ids=1)
+        replies = generate(
+            self.model,
+            asked,
+            self.dialogue_tokenizer,
+            config,
+            goes_on=lambda writing: any_rank(writing, batch.input_ids.device),
+        )
+        return replies if batch.references else []
+
+    def _no_question(self, batch: PackedBatch) -> PackedBatch:
+        padding = self.dialogue_tokenizer.vocabulary.padding
+        nobody = DialogueReference(key="", task="text_to_text", prompt_length=1, length=1)
+        empty = collate([], padding=padding, mel_bins=self.tokens.mel_bins)
+        empty.references = [nobody]
+        return self.trainer.strategy.batch_to_device(empty, batch.input_ids.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to build the network again, as plain values."""
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
+        checkpoint["random_states"] = gathered(_random_state())
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
+        recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
+        states = checkpoint.get("random_states", [])
+        self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    def _restore_random_state(self) -> None:
+        """Go on drawing dropout as the run would have, where the number of ranks is the same."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
+            self._random_state = None
+
+    def _validate(self, batch: PackedBatch) -> TokenLoss:
+        return self._losses(batch)[1]
 
     def _losses(self, batch: PackedBatch) -> tuple[EChatOutput, TokenLoss]:
         assert self.model is not None
@@ -240,6 +307,26 @@ def _means(loss: TokenLoss) -> list[tuple[str, Tensor, int]]:
         ("text", loss.text.detach() / loss.num_text.clamp_min(1), int(loss.num_text)),
         ("speech", loss.speech.detach() / loss.num_speech.clamp_min(1), int(loss.num_speech)),
     ]
+
+
+def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
+    """Turn the progress of a run into what it would be with another accumulation, as with another number of ranks.
+
+    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one.
+    """
+    before = checkpoint.get("accumulate_grad_batches", accumulate)
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("total", {}), progress.get("current", {})):
+        for name, count in counts.items():
+            counts[name] = count // before * accumulate if before != accumulate else count
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Of torch's generators on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def load_pretrained_parts(model: EChatModel) -> None:
