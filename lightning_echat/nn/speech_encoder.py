@@ -83,7 +83,7 @@ class DepthwiseConvolution(nn.Module):
         convolution = self.convolution
         hidden = F.conv2d(
             image,
-            convolution.weight[:, :, None],
+            convolution.weight.unflatten(1, (1, 1)),
             convolution.bias,
             padding=(0, convolution.kernel_size[0] // 2),
             groups=convolution.groups,
