@@ -64,6 +64,17 @@ COMMANDS: dict[str, Command] = {
     "data verify": Command(
         "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify", "shards"
     ),
+    "convert from-reference": Command(
+        "bring released OSUM-EChat weights in", "lightning_echat.checkpoints.from_reference:from_reference"
+    ),
+    "convert to-hf": Command(
+        "write a checkpoint as a Hugging Face folder", "lightning_echat.checkpoints.hugging_face:to_hf", "checkpoint"
+    ),
+    "convert from-hf": Command(
+        "write the YAML that starts a stage from such a folder",
+        "lightning_echat.checkpoints.hugging_face:from_hf",
+        "folder",
+    ),
     "convert consolidate": Command(
         "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
     ),
@@ -187,8 +198,8 @@ def _load(target: str) -> Callable[..., None]:
 def _plain_flags(args: list[str], function: Callable[..., None], positional: str) -> list[str]:
     """What people type -> what the parser takes.
 
-    `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, and a list option several times, as in
-    `--audio a.wav --audio b.wav`.
+    `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, `--speech-tokenizer` for `--speech_tokenizer`,
+    and a list option several times, as in `--audio a.wav --audio b.wav`.
     """
     hints = {f"--{key}": hint for key, hint in get_type_hints(function).items()}
     if positional and args and not args[0].startswith("-"):
@@ -202,6 +213,12 @@ def _plain_flags(args: list[str], function: Callable[..., None], positional: str
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
+        if (
+            flag.startswith("--")
+            and flag not in hints
+            and (ours := flag.replace("-", "_").replace("__", "--", 1)) in hints
+        ):
+            flag, word = ours, ours + equals + value
         if hints.get(flag) is bool and not equals:
             plain.append(f"{flag}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}")
         elif flag in hints and _takes_list(hints[flag]) and (equals or words):

@@ -70,7 +70,7 @@ def generate(
         return []
     started = time.perf_counter()
     prompts = extract_prompts(batch, padding=tokenizer.vocabulary.padding)
-    embeddings, _, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
+    embeddings, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
     valid = prompts.document_ids > 0
     cache = DynamicCache()
     hidden = model.lm(embeddings, position_ids=prompts.position_ids, attention_mask=valid.long(), cache=cache)

@@ -77,7 +77,18 @@ class DepthwiseConvolution(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
         """[C, F, D] frames and [C, F] mask -> [C, F, D]."""
         hidden = self.norm(frames) * mask[..., None]
-        return frames + F.gelu(self.convolution(hidden.transpose(1, 2))).transpose(1, 2)
+        # As an image of height 1 the frames lie channels-last without a copy, for which CPUs have a kernel three times
+        # as fast as the one for [C, D, F].
+        image = hidden.transpose(1, 2)[:, :, None]
+        convolution = self.convolution
+        hidden = F.conv2d(
+            image,
+            convolution.weight.unflatten(1, (1, 1)),
+            convolution.bias,
+            padding=(0, convolution.kernel_size[0] // 2),
+            groups=convolution.groups,
+        )
+        return frames + F.gelu(hidden[:, :, 0].transpose(1, 2))
 
 
 class SpeechEncoder(nn.Module):

@@ -33,14 +33,18 @@ class AuxiliaryWeights:
     """Weights of the auxiliary losses on the encoder; they need `network.auxiliary_labels`.
 
     Every loss is a sum over its own targets and all are divided by the supervised ids, so a weight of 1 lets one
-    character or one label count as much as one id.
+    character or one label count as much as one id. A transcript that is longer than its frames has no CTC loss.
 
     Attributes:
-        ctc: Characters of the transcript.
+        ctc: Characters of the transcript, from encoder frames.
+        text_ctc: Text ids of the transcript, from the adapter's outputs by the language model's own text head: what
+            fills a placeholder then resembles the embedding of the word spoken there, which the language model can
+            read at once. Its logits take clips · outputs · vocabulary.
         labels: Paralinguistic labels from pooled frames.
     """
 
     ctc: float = 0.0
+    text_ctc: float = 0.0
     labels: float = 0.0
 
 
@@ -83,7 +87,7 @@ class EChatStage(L.LightningModule):
         self.init_from = init_from
         self.init_new_parts = tuple(init_new_parts or ())
         self.auxiliary_weights = auxiliary or AuxiliaryWeights()
-        if (self.auxiliary_weights.ctc or self.auxiliary_weights.labels) and not network.auxiliary_labels:
+        if self.auxiliary_weights != AuxiliaryWeights() and not network.auxiliary_labels:
             raise UserError(
                 "auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights"
             )
@@ -273,14 +277,33 @@ class EChatStage(L.LightningModule):
         assert self.model is not None
         if self.model.auxiliary is None:
             return 0.0
-        characters, labels = self.model.auxiliary(output.encoder_frames, output.encoder_lengths)
+        heard, weights = output.heard, self.auxiliary_weights
+        characters, labels = self.model.auxiliary(heard.encoder_frames, heard.encoder_lengths)
+        text = self.model.lm.text_head(heard.adapter_outputs) if weights.text_ctc else characters[:0]
         if batch.log_mels.shape[0] == 0:
-            return 0.0 * (characters.sum() + torch.stack([logits.sum() for logits in labels.values()]).sum())
-        ctc = ctc_loss_sum(characters, output.encoder_lengths, batch.clip_characters, batch.clip_character_lengths)
+            return 0.0 * sum(logits.sum() for logits in (characters, text, *labels.values()))
         label = label_loss_sum(labels, batch.clip_labels, tuple(LABEL_SETS))
-        self.log("train/loss/ctc", ctc.detach() / batch.clip_character_lengths.sum().clamp_min(1))
         self.log("train/loss/labels", label.detach() / max(1, len(labels) * batch.log_mels.shape[0]))
-        return self.auxiliary_weights.ctc * ctc + self.auxiliary_weights.labels * label
+        total = weights.labels * label + weights.ctc * self._ctc_loss(
+            "ctc", characters, heard.encoder_lengths, batch.clip_characters, batch.clip_character_lengths
+        )
+        if weights.text_ctc:
+            lengths, ids = heard.adapter_lengths, batch.clip_transcript_ids
+            # No transcript holds the end of text: it stands for no target.
+            blank = self.model.vocabulary.end_of_text
+            total = total + weights.text_ctc * self._ctc_loss(
+                "text_ctc", text, lengths, ids, batch.clip_transcript_lengths, blank=blank
+            )
+        return total
+
+    def _ctc_loss(
+        self, name: str, logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, *, blank: int = 0
+    ) -> Tensor:
+        """See `ctc_loss_sum`. Logs the mean a target, and the share of targets that fit into their frames."""
+        loss, scored = ctc_loss_sum(logits, lengths, targets, target_lengths, blank=blank)
+        self.log(f"train/loss/{name}", loss.detach() / scored.clamp_min(1))
+        self.log(f"train/{name}_share", scored / target_lengths.sum().clamp_min(1))
+        return loss
 
     def _log_training(self, loss: TokenLoss) -> None:
         """Log means; only at logging steps, as reading a count makes an accelerator wait."""
