@@ -98,7 +98,7 @@ def make_stage(tokens: TokensConfig, *, network: NetworkConfig | None = None, **
     options = {"optimizer": partial(torch.optim.SGD, lr=0.05), **options}
     network = network or tiny_network_config(auxiliary_labels=("age", "emotion"))
     if network.auxiliary_labels:
-        options.setdefault("auxiliary", AuxiliaryWeights(ctc=0.3, labels=2.0))
+        options.setdefault("auxiliary", AuxiliaryWeights(ctc=0.3, text_ctc=0.5, labels=2.0))
     return EmpathyStage(tokens=tokens, network=network, **options)
 
 
