@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -161,7 +162,8 @@ class TinyData(Listed):
     """`Listed` for the command line: the micro-batches, from the optimizer step on at which a run was saved."""
 
     def __init__(self, tokens: TokensConfig) -> None:
-        super().__init__(batches_of(DialogueTokenizer.from_config(tokens))[0])
+        micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+        super().__init__(micro, validation=micro[:4])
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -172,12 +174,37 @@ class TinyData(Listed):
 
 
 class KillOnce(Callback):
-    """Kills one rank in its third step, the first time that a run gets there."""
+    """Kills one rank, the first time that a run has made two steps and comes to the moment.
 
-    def __init__(self, mark: Path, rank: int = 1) -> None:
-        self.mark, self.rank = mark, rank
+    Args:
+        mark: A file that remembers it.
+        moment: In the third step; in the saving after it, with this rank's shard on disk and others' not waited for;
+            or in the validation after the second.
+        rank: Which.
+    """
+
+    def __init__(self, mark: Path, moment: Literal["step", "checkpoint", "validation"] = "step", rank: int = 1) -> None:
+        self.mark, self.moment, self.rank = mark, moment, rank
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if trainer.global_step == 2 and trainer.global_rank == self.rank and not self.mark.exists():
+        self._kill("step", trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._kill("validation", trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        written = FileSystemWriter.write_data
+
+        def write_and_die(*args: Any) -> Any:
+            result = written(*args)
+            self._kill("checkpoint", trainer)
+            return result
+
+        if trainer.global_step == 3:
+            FileSystemWriter.write_data = write_and_die
+
+    def _kill(self, moment: str, trainer: Trainer) -> None:
+        here = trainer.global_step >= 2 and trainer.global_rank == self.rank and not self.mark.exists()
+        if here and moment == self.moment:
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -31,6 +31,9 @@ def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any],
         "devices": devices,
         "num_nodes": num_nodes,
         "max_steps": 4,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "logger": False,
         "enable_progress_bar": False,
@@ -81,23 +84,33 @@ def launch(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False)
 
 
-def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(tmp_path, tokens):
-    """kill -9 of one rank mid-step; the restarted ranks go on from the last whole checkpoint, to the bit."""
-    calm = launch(write_config(tmp_path / "calm", tokens, num_nodes=1, devices=2))
-    assert calm.returncode == 0, calm.stderr[-2000:]
-    mark = {"class_path": "tests.tiny_training.KillOnce", "init_args": {"mark": str(tmp_path / "mark")}}
-    killed = launch(write_config(tmp_path / "killed", tokens, mark, num_nodes=1, devices=2), "--max-restarts", "1")
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, tokens: TokensConfig) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    ended = launch(write_config(folder, tokens, num_nodes=1, devices=2))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize("moment", ["step", "checkpoint", "validation"])
+def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(tmp_path, tokens, calm, moment):
+    """kill -9 of one rank; the restarted ranks go on from the last whole checkpoint, to the bit."""
+    arguments = {"mark": str(tmp_path / "mark"), "moment": moment}
+    kill = {"class_path": "tests.tiny_training.KillOnce", "init_args": arguments}
+    killed = launch(write_config(tmp_path / "killed", tokens, kill, num_nodes=1, devices=2), "--max-restarts", "1")
     assert killed.returncode == 0, killed.stderr[-2000:]
     assert (tmp_path / "mark").exists()
     assert "echat: rank 0 was left alone" in killed.stderr
-    whole, weights = recorded(tmp_path / "calm")
+    whole, weights = recorded(calm)
     rest, ends = recorded(tmp_path / "killed")
     assert len(whole) == 4 and rest == whole[2:]
     for name, tensor in weights.items():
         assert torch.equal(ends[name], tensor), name
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "a half checkpoint is left"
 
 
-def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens):
+def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens, calm):
     """Static rendezvous: a launcher a node, and replicas across nodes."""
     config = write_config(tmp_path / "nodes", tokens, num_nodes=2, devices=1)
     port = str(free_port())
@@ -106,6 +119,4 @@ def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens):
     nodes = [subprocess.Popen(each, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for each in words]
     said = [node.communicate(timeout=400)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
-    calm = launch(write_config(tmp_path / "calm", tokens, num_nodes=1, devices=2))
-    assert calm.returncode == 0, calm.stderr[-2000:]
-    assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(tmp_path / "calm")[0], rel=1e-6)
+    assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(calm)[0], rel=1e-6)

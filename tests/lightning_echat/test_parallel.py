@@ -24,6 +24,7 @@ from lightning_echat.command_errors import explain_lost_rank
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.decoding import DecodingConfig
 from lightning_echat.nn.echat_model import NetworkConfig
+from lightning_echat.nn.sharded_files import is_sharded, read_sharded
 from lightning_echat.nn.speech_language_model import LoRAConfig
 from lightning_echat.nn.weights import latest_checkpoint, load_trained
 from lightning_echat.parallel import ShardedStrategy
@@ -326,6 +327,46 @@ def test_an_index_that_would_run_something_is_refused(tmp_path):
     torch.save({}, folder / "meta.pt")
     with pytest.raises(UserError, match=r"names posix\.system"):
         load_trained(folder)
+
+
+class LookAtTheLast(Callback):
+    """Rank 0 looks at what stands under the names of checkpoints while the next one is being written."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step:
+            folder = Path(str(trainer.checkpoint_callback.dirpath))  # type: ignore[union-attr]
+            for path in folder.glob("*.ckpt"):
+                assert is_sharded(path), f"{path} has its name and is not whole"
+
+
+def save_in_the_background(tokens: TokensConfig, folder: Path) -> None:
+    """The same run as that of the fixture `two`, but for how it saves; it keeps the newest checkpoint only."""
+    micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+    keeping = StageCheckpoint(dirpath=folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=1)
+    spread: dict[str, Any] = {"devices": 2, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    train(
+        make_stage(tokens, optimizer=ADAM),
+        micro,
+        folder,
+        keeping,
+        LookAtTheLast(),
+        strategy=sharding(async_saving=True),
+        **spread,
+    )
+
+
+def test_what_is_saved_in_the_background_is_what_there_was_at_that_step(tmp_path, two, tokens):
+    """A copy that training goes on to change; a checkpoint deleted before that which replaces it is whole."""
+    run_on_ranks(save_in_the_background, tokens, tmp_path)
+    assert names(tmp_path) == ["epoch=0-step=2.ckpt", "last.ckpt"]
+    there = read_sharded(tmp_path / "checkpoints" / "last.ckpt", optimizer=True)
+    expected = read_sharded(two / "two" / "checkpoints" / "epoch=0-step=2.ckpt", optimizer=True)
+    assert there["state_dict"].keys() == expected["state_dict"].keys()
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(there["state_dict"][name], tensor), name
+    (own,), (other,) = (whole["optimizer_states"] for whole in (there, expected))
+    for name, entry in other["state"].items():
+        assert torch.equal(own["state"][name]["exp_avg"], entry["exp_avg"]), name
 
 
 class KillMe(Callback):
