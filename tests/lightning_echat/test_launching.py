@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int) -> Path:
+def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int, **sharding: Any) -> Path:
     """An experiment of four optimizer steps that saves at each."""
+    sharding = {"timeout": "0:01:00", **sharding}
     saving = {"save_last": "link", "save_top_k": -1, "every_n_train_steps": 1}
     trainer = {
         "default_root_dir": str(folder),
@@ -37,7 +38,7 @@ def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any],
         "use_distributed_sampler": False,
         "logger": False,
         "enable_progress_bar": False,
-        "strategy": {"class_path": "lightning_echat.parallel.ShardedStrategy", "init_args": {"timeout": "0:01:00"}},
+        "strategy": {"class_path": "lightning_echat.parallel.ShardedStrategy", "init_args": sharding},
         "callbacks": [
             {"class_path": "callbacks.stage_checkpoint.StageCheckpoint", "init_args": saving},
             {"class_path": "tests.tiny_training.Record", "init_args": {"folder": str(folder)}},
@@ -93,12 +94,17 @@ def calm(tmp_path_factory, tokens: TokensConfig) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("moment", ["step", "checkpoint", "validation"])
-def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(tmp_path, tokens, calm, moment):
+@pytest.mark.parametrize(
+    ("moment", "background"), [("step", False), ("checkpoint", False), ("checkpoint", True), ("validation", False)]
+)
+def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(
+    tmp_path, tokens, calm, moment, background
+):
     """kill -9 of one rank; the restarted ranks go on from the last whole checkpoint, to the bit."""
     arguments = {"mark": str(tmp_path / "mark"), "moment": moment}
     kill = {"class_path": "tests.tiny_training.KillOnce", "init_args": arguments}
-    killed = launch(write_config(tmp_path / "killed", tokens, kill, num_nodes=1, devices=2), "--max-restarts", "1")
+    config = write_config(tmp_path / "killed", tokens, kill, num_nodes=1, devices=2, async_saving=background)
+    killed = launch(config, "--max-restarts", "1")
     assert killed.returncode == 0, killed.stderr[-2000:]
     assert (tmp_path / "mark").exists()
     assert "echat: rank 0 was left alone" in killed.stderr
@@ -120,3 +126,54 @@ def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens, calm):
     said = [node.communicate(timeout=400)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
     assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(calm)[0], rel=1e-6)
+
+
+SRUN = """#!/bin/bash
+# Stands in for SLURM's: two tasks on this machine.
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids="$pids $!"
+done
+echo $pids > "$TASKS"
+status=0
+for pid in $pids; do wait $pid || status=$?; done
+exit $status
+"""
+ECHAT = """#!/bin/bash
+exec {python} -c 'from lightning_echat.cli import main; main()' "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >> "$REQUEUED"
+"""
+
+
+def test_a_slurm_job_that_is_preempted_saves_goes_back_into_the_queue_and_ends_as_if_undisturbed(
+    tmp_path, tokens, calm
+):
+    """The batch script itself, with stand-ins for SLURM's commands."""
+    for name, text in (("srun", SRUN), ("echat", ECHAT.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    signals = {"class_path": "tests.tiny_training.TermOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    config = write_config(tmp_path / "job", tokens, signals, num_nodes=1, devices=2)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "echat", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    files = {"TASKS": str(tmp_path / "tasks"), "REQUEUED": str(tmp_path / "requeued")}
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    words = ["bash", str(ROOT / "experiments/trainer/slurm.sbatch"), "--config", str(config)]
+    tries = [
+        subprocess.run(
+            words,
+            cwd=ROOT,
+            env=environment(**job, **files, PATH=path, MASTER_ADDR="127.0.0.1"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        for _ in range(2)
+    ]
+    assert [each.returncode for each in tries] == [143, 0], [each.stderr[-2000:] for each in tries]
+    assert "SIGTERM: finishing the step, then saving" in tries[0].stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    # It was told in its second step.
+    assert recorded(tmp_path / "job")[0] == recorded(calm)[0][2:]
