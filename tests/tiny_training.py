@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
@@ -221,3 +222,19 @@ class TermOnce(Callback):
         if trainer.global_step == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class WaitOnce(Callback):
+    """The first time that a run comes to its third step, says so with a file and waits until that is gone."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        own = self.mark.with_name(f"{self.mark.name}{trainer.global_rank}")
+        done = own.with_name(f"{own.name}.done")
+        if trainer.global_step == 2 and not done.exists():
+            done.touch()
+            own.touch()
+            while own.exists():
+                time.sleep(0.1)

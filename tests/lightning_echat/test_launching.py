@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,3 +181,80 @@ def test_a_slurm_job_that_is_preempted_saves_goes_back_into_the_queue_and_ends_a
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
     # It was told in its second step.
     assert recorded(tmp_path / "job")[0] == recorded(calm)[0][2:]
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    """Two hosts with a wire between them: name -> address. Needs root."""
+    addresses = {"echatA": "10.77.0.1", "echatB": "10.77.0.2"}
+    try:
+        for host in addresses:
+            ip(f"netns add {host}")
+        ip("link add echatA0 netns echatA type veth peer name echatB0 netns echatB")
+        for host, address in addresses.items():
+            ip(f"-n {host} addr add {address}/24 dev {host}0")
+            ip(f"-n {host} link set {host}0 up")
+            ip(f"-n {host} link set lo up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+    else:
+        yield addresses
+    finally:
+        for host in addresses:
+            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+
+
+def on_host(host: str, address: str, config: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The launch for several nodes, tried again until it ends well."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-id", "test"]
+    rendezvous += ["--rdzv-conf", f"is_host={int(host == 'echatA')}", "--local-addr", address]
+    words = torchrun(config, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous)
+    again = f"until {shlex.join(words)}; do sleep 1; done"
+    inside = ["ip", "netns", "exec", host, "bash", "-c", again]
+    # A session of its own, so that the loop and all that it started can be ended together.
+    return subprocess.Popen(
+        inside,
+        cwd=ROOT,
+        env=environment(GLOO_SOCKET_IFNAME=f"{host}0"),
+        stderr=log.open("wb"),
+        start_new_session=True,
+    )
+
+
+def until(there: Callable[[], bool], *, within: float, else_say: Callable[[], str]) -> None:
+    ends = time.monotonic() + within
+    while not there():
+        assert time.monotonic() < ends, else_say()
+        time.sleep(0.2)
+
+
+def test_a_host_that_is_cut_off_and_comes_back_trains_on_as_if_nothing_had_been(tmp_path, tokens, calm, hosts):
+    """Two hosts with addresses of their own; the wire is cut in the third step, until both have given up waiting."""
+    wait = {"class_path": "tests.tiny_training.WaitOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    config = write_config(tmp_path / "run", tokens, wait, num_nodes=2, devices=1, timeout="0:00:10")
+    logs = {host: tmp_path / f"{host}.log" for host in hosts}
+
+    def said() -> str:
+        return "\n".join(f"{host}: {log.read_text()[-1500:]}" for host, log in logs.items())
+
+    runs = [on_host(host, address, config, logs[host]) for host, address in hosts.items()]
+    marks = [tmp_path / f"mark{rank}" for rank in (0, 1)]
+    try:
+        until(lambda: all(mark.exists() for mark in marks), within=120, else_say=said)
+        ip("-n echatB link set echatB0 down")
+        for mark in marks:
+            mark.unlink()
+        gave_up = ("waited in vain", "was left alone")
+        until(lambda: all(any(s in log.read_text() for s in gave_up) for log in logs.values()), within=90, else_say=said)
+        ip("-n echatB link set echatB0 up")
+        until(lambda: all(run.poll() is not None for run in runs), within=240, else_say=said)
+    finally:
+        for run in runs:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGTERM)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert recorded(tmp_path / "run")[0] == recorded(calm)[0][2:]
