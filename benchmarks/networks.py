@@ -63,7 +63,12 @@ def network_of(size: Size, *, recompute: bool) -> NetworkConfig:
     adapter_layers, adapter_heads, adapter_inner = size.adapter
     return NetworkConfig(
         encoder=SpeechEncoderConfig(
-            pretrained=False, width=width, layers=layers, heads=heads, feedforward=inner, gradient_checkpointing=recompute
+            pretrained=False,
+            width=width,
+            layers=layers,
+            heads=heads,
+            feedforward=inner,
+            gradient_checkpointing=recompute,
         ),
         adapter=SpeechAdapterConfig(layers=adapter_layers, heads=adapter_heads, feedforward=adapter_inner),
         llm=LanguageModelConfig(pretrained=False, architecture=dict(size.llm), gradient_checkpointing=recompute),

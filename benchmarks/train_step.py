@@ -55,7 +55,10 @@ class StepCost:
         static_bytes: Parameters, gradients and optimizer state that this rank holds between steps.
         peak_bytes: Of each phase, static included.
         communication: Seconds in collective calls, a step; they may overlap with computing.
-        flops: Floating-point operations a step.
+        flops: Floating-point operations of a step.
+        used_share: Ids that are not padding among a batch's positions.
+        positions: Of a batch, padding included.
+        frames: Encoder frames of a batch, padding included.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -65,6 +68,9 @@ class StepCost:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     communication: float = 0.0
     flops: float = 0.0
+    used_share: float = 0.0
+    positions: int = 0
+    frames: int = 0
 
 
 class MeasureSteps(Callback):
@@ -113,8 +119,12 @@ class MeasureSteps(Callback):
             self._read_profile(pl_module)
         elif batch_idx >= _WARM_UP:
             timed = self.steps - _WARM_UP - 1
-            self.cost.tokens += int((batch.document_ids > 0).sum()) / timed
+            tokens = int((batch.document_ids > 0).sum())
+            self.cost.tokens += tokens / timed
             self.cost.supervised += batch.num_supervised / timed
+            self.cost.positions = batch.input_ids.numel()
+            self.cost.frames = batch.log_mels.shape[0] * batch.log_mels.shape[1] // 2
+            self.cost.used_share += tokens / self.cost.positions / timed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         timed = self.steps - _WARM_UP - 1
@@ -231,8 +241,7 @@ def table(costs: dict[int, StepCost], *, world: int, peak: float | None) -> str:
         speed, ratio = world * cost.tokens / total, cost.tokens / total / (base.tokens / first)
         shares = "  ".join(f"{cost.seconds[name] / total:5.1%}" for name in ("data", *PHASES))
         peaks = " / ".join(f"{cost.peak_bytes[name] / 1e9:.2f}" for name in PHASES)
-        positions = cost.flops / (total * peak) if peak else None
-        mfu = f"{positions:.1%}" if positions is not None else "-"
+        mfu = f"{cost.flops * cost.used_share / (total * peak):.1%}" if peak else "-"
         lines.append(
             f"{rows:4d}  {speed:8.0f}  ({ratio:4.2f})  {world * cost.supervised / total:12.0f}  {shares}  "
             f"{cost.communication / total:5.1%}   {peaks}   {mfu}"

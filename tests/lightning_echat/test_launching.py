@@ -26,7 +26,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int, **sharding: Any) -> Path:
+def write_config(
+    folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int, **sharding: Any
+) -> Path:
     """An experiment of four optimizer steps that saves at each."""
     sharding = {"timeout": "0:01:00", **sharding}
     saving = {"save_last": "link", "save_top_k": -1, "every_n_train_steps": 1}
@@ -249,9 +251,8 @@ def test_a_host_that_is_cut_off_and_comes_back_trains_on_as_if_nothing_had_been(
         for mark in marks:
             mark.unlink()
         gave_up = ("waited in vain", "was left alone")
-        until(lambda: all(any(s in log.read_text() for s in gave_up) for log in logs.values()), within=90, else_say=said)
-        ip("-n echatB link set echatB0 up")
-        until(lambda: all(run.poll() is not None for run in runs), within=240, else_say=said)
+        logged = lambda: [log.read_text() for log in logs.values()]  # noqa: E731
+        until(lambda: all(any(say in log for say in gave_up) for log in logged()), within=90, else_say=said)
     finally:
         for run in runs:
             if run.poll() is None:
