@@ -100,7 +100,9 @@ def _stages(run: RunFolder) -> list[dict[str, Any]]:
         plots = [
             {
                 "title": title,
-                "svg": draw_curves(found, name=f"{name}-{title}", logarithmic=title == "Loss" and _spans_decades(found)),
+                "svg": draw_curves(
+                    found, name=f"{name}-{title}", logarithmic=title == "Loss" and _spans_decades(found)
+                ),
             }
             for title, found in drawn
             if found
