@@ -31,6 +31,7 @@ from lightning_echat.checkpoints.write_folder import ModelParts, new_folder, wri
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.tokens.dialogue_template import TokensConfig, load_tokenizer
+from lightning_echat.tokens.prompts import prompt_set_file
 from lightning_echat.tokens.vocabulary import Vocabulary
 
 PROJECT_PROMPTS = "english"
@@ -80,29 +81,22 @@ def from_reference(
         tokenizer=llm,
         text_vocabulary_size=llm_config.vocab_size,
         codebook_size=codebook_size(conversion),
-        prompt_set=PROJECT_PROMPTS,
         audio_strides=(*network.encoder.strides, *network.adapter.strides),
         mel_bins=mel_bins(conversion),
     )
     # A file or a pipe has no width of its own.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    aliases = check_against_model(conversion, network, tokens, console=console)
+    parts = ModelParts(
+        tensors=conversion.tensors,
+        tied_weights=check_against_model(conversion, network, tokens, console=console),
+        tokens=tokens,
+        prompt_set=_prompt_set_text(prompts),
+        network=asdict(network),
+        step=0,
+        card=_card(card or CardFields(), checkpoint=checkpoint, llm=llm, out=out),
+    )
     with new_folder(out) as folder:
-        if prompts is not None:
-            source = folder / "reference_prompts.yaml"
-            source.write_text(yaml.safe_dump(prompts, allow_unicode=True, sort_keys=False), encoding="utf-8")
-            tokens = TokensConfig(**{**asdict(tokens), "prompt_set": str(source)})
-        parts = ModelParts(
-            tensors=conversion.tensors,
-            tied_weights=aliases,
-            tokens=tokens,
-            network=asdict(network),
-            step=0,
-            card=_card(card or CardFields(), checkpoint=checkpoint, llm=llm, out=out),
-        )
         write_model_folder(folder, parts, max_shard_size=max_shard_size)
-        if prompts is not None:
-            source.unlink()
     _print_summary(conversion, out=out, alpha=alpha, prompts=prompts, console=console)
 
 
@@ -162,6 +156,12 @@ def refuse(problems: dict[str, list[str]], *, console: Console) -> None:
             f"the checkpoint does not fit, all names are listed above: {'; '.join(told)}; "
             f"give the --llm that it was built on, and a released checkpoint"
         )
+
+
+def _prompt_set_text(prompts: dict[str, Any] | None) -> str:
+    if prompts is None:
+        return prompt_set_file(PROJECT_PROMPTS).read_text(encoding="utf-8")
+    return yaml.safe_dump(prompts, allow_unicode=True, sort_keys=False)
 
 
 def _prompts(clone: Path | None) -> dict[str, Any] | None:

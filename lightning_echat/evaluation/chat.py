@@ -78,10 +78,8 @@ def chat(
     waveforms = [read_waveform(path) for path in audio]
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer) if out is not None else None
-    if voice is None:
-        task = DialogueTask(kind="speech_to_text", thinking=thinking)
-    else:
-        task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
+    spoken = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
+    task = spoken if voice is not None else DialogueTask(kind="speech_to_text", thinking=thinking)
     answers: list[ChatAnswer] = []
     turns: list[Turn] = []
     log_mel = LogMel(mel_bins=trained.tokens.mel_bins)

@@ -144,6 +144,16 @@ def test_the_command_takes_several_questions(monkeypatch, tmp_path, checkpoint, 
     assert len(json.loads(capsys.readouterr().out)["turns"]) == 2
 
 
+def test_without_a_place_for_sound_the_answer_is_text(monkeypatch, tmp_path, tokens, tokenizer, questions, capsys):
+    """A model whose speech tokenizer is elsewhere can be asked all the same."""
+    asked = script(monkeypatch, THINKING + "go left", codes=0)
+    mute = save_tiny_checkpoint(tmp_path / "mute.ckpt", tiny_model(tokens), tokens)
+    chat(mute, questions[:1], json=True)
+    (answer,) = json.loads(capsys.readouterr().out)["turns"]
+    assert (answer["text"], answer["audio"]) == ("go left", None)
+    assert asked[0].references[0].task == "speech_to_text.label_thinking"
+
+
 def test_a_speech_tokenizer_of_another_size_is_refused(tmp_path, checkpoint, questions, voices):
     with pytest.raises(UserError, match="has 32 codes but the model speaks 64"):
         chat(checkpoint, questions, tmp_path / "answer.wav", speech_tokenizer=voices[32])
