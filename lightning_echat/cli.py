@@ -25,6 +25,7 @@ from lightning_echat.command_errors import (
     SetupError,
     check_config_files,
     explain_exception,
+    explain_lost_rank,
     explain_parse_error,
     nearest,
 )
@@ -74,6 +75,9 @@ COMMANDS: dict[str, Command] = {
         "lightning_echat.checkpoints.hugging_face:from_hf",
         "folder",
     ),
+    "convert consolidate": Command(
+        "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
+    ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
     "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
@@ -98,6 +102,9 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _leave("interrupted", code=130)
     except (Exception, BaseExceptionGroup) as error:
+        if (line := explain_lost_rank(error, rank=_rank())) is not None:
+            sys.stderr.write(f"echat: {line}\n")
+            raise SystemExit(1) from error
         line = explain_exception(error)
         if line is None:
             raise
@@ -231,10 +238,14 @@ def _takes_list(hint: Any) -> bool:
 
 def _leave(line: str, *, code: int, same_on_every_rank: bool = True) -> None:
     """One line on stderr, and the end. A mistake that every rank finds is told by rank 0; any other names its rank."""
-    rank = next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    rank = _rank()
     if rank == 0 or not same_on_every_rank:
         sys.stderr.write(f"echat: {f'rank {rank}: ' if rank else ''}{line}\n")
     raise SystemExit(code)
+
+
+def _rank() -> int:
+    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
 
 
 def _say(text: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.model_folder import is_model_folder, read_model_folder
+from lightning_echat.nn.sharded_files import is_sharded, read_sharded
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
@@ -29,15 +30,17 @@ from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensCo
 def latest_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/.
 
-    A folder that `echat convert` wrote is itself the checkpoint.
+    A checkpoint is a file, a folder where the run was sharded, or one that `echat convert` wrote.
     """
     path = Path(path)
-    if path.is_file() or is_model_folder(path):
+    if path.is_file() or is_sharded(path) or is_model_folder(path):
         return path
-    found = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    named = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    # Folders without their index, and links to what is gone, are no checkpoints.
+    found = [c for c in named if c.is_file() or is_sharded(c)]
     if not found:
         raise UserError(
-            f"no checkpoint at {path}; give a .ckpt file, the folder of a run that has saved one, "
+            f"no checkpoint at {path}; give a checkpoint, the folder of a run that has saved one, "
             f"or a folder of echat convert"
         )
     # Lightning writes last-v1.ckpt where an earlier run has left a last.ckpt.
@@ -46,9 +49,9 @@ def latest_checkpoint(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint or a converted folder, read without executing anything in it."""
+    """A Lightning checkpoint, whole or sharded, or a converted folder, read without executing anything in it."""
     if path.is_dir():
-        return read_model_folder(path)
+        return read_model_folder(path) if is_model_folder(path) else read_sharded(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:

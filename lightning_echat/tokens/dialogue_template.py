@@ -220,6 +220,7 @@ class DialogueTokenizer:
             length=length,
             labels=class_indices(turn.labels),
             characters=spell(turn.text),
+            transcript_ids=torch.tensor(self.encode(turn.text), dtype=torch.long),
         )
         draft.clips.append(clip)
         draft.add([self.vocabulary.audio_placeholder] * length)
