@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lightning_echat.checkpoints.model_card import SPOKEN, CardFields, write_card
 from lightning_echat.checkpoints.planned_tensors import open_tensors
 from lightning_echat.checkpoints.reference_layout import (
+    HEAD_WIDTH,
     Conversion,
     codebook_size,
     convert,
@@ -71,12 +72,11 @@ def from_reference(
     alpha = next(float(a) for a in (lora_alpha, settings.get("lora_alpha"), DEFAULT_LORA_ALPHA) if a is not None)
     tied = bool(getattr(llm_config, "tie_word_embeddings", False))
     conversion = convert(open_tensors(checkpoint), tied=tied, lora_alpha=alpha)
-    network = infer_network(
-        conversion,
-        llm_name=llm,
-        architecture=json.loads(llm_config.to_json_string(use_diff=False)),
-        encoder_heads=encoder_heads or _config_heads(settings, conversion),
-    )
+    architecture = json.loads(llm_config.to_json_string(use_diff=False))
+    # Where the config was read from, on this machine.
+    architecture.pop("_name_or_path", None)
+    known_heads = encoder_heads or _config_heads(settings, conversion)
+    network = infer_network(conversion, llm_name=llm, architecture=architecture, encoder_heads=known_heads)
     tokens = TokensConfig(
         tokenizer=llm,
         text_vocabulary_size=llm_config.vocab_size,
@@ -97,7 +97,10 @@ def from_reference(
     )
     with new_folder(out) as folder:
         write_model_folder(folder, parts, max_shard_size=max_shard_size)
-    _print_summary(conversion, out=out, alpha=alpha, prompts=prompts, console=console)
+    heads = f"{network.encoder.heads} attention heads" + (
+        "" if known_heads else f" (width / {HEAD_WIDTH}, as in Whisper: no tensor tells; see --encoder_heads)"
+    )
+    _print_summary(conversion, out=out, alpha=alpha, heads=heads, prompts=prompts, console=console)
 
 
 def check_against_model(
@@ -214,16 +217,19 @@ def _card(fields: CardFields, *, checkpoint: Path, llm: str, out: Path) -> str:
 
 
 def _print_summary(
-    conversion: Conversion, *, out: Path, alpha: float, prompts: dict[str, Any] | None, console: Console
+    conversion: Conversion, *, out: Path, alpha: float, heads: str, prompts: dict[str, Any] | None, console: Console
 ) -> None:
     console.print(where_it_went(conversion))
     values = sum(torch.Size(tensor.shape).numel() for tensor in conversion.tensors.values())
     lines = [f"{out}: {len(conversion.tensors)} tensors, {values:,} parameters"]
+    lines.append(f"speech encoder: {heads}")
     ranks = {name for names in conversion.sources.values() for name in names if ".lora_" in name}
     if ranks:
         lines.append(f"LoRA: {len(ranks) // 2} updates merged with alpha {alpha:g}")
     if prompts is not None:
         lines.append("prompts: the reference's, read from the clone into prompt_set.yaml")
+        if "thinking" not in prompts:
+            lines.append("label thinking: this project's own wording, as the clone has none where the released code has")
     else:
         lines.append(
             f"prompts: this project's own ({PROJECT_PROMPTS}). The weights were trained with other words, so answers "

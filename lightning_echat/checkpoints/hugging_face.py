@@ -66,8 +66,10 @@ def to_hf(
         card or CardFields(),
         name=out.resolve().name,
         about=f"{SPOKEN if part == 'all' else _ALONE} Its last training took {step} optimizer steps.",
-        report=report or (own_report if own_report.is_file() else None),
+        # What was measured of the whole is no score of its language model.
+        report=report or (own_report if part == "all" and own_report.is_file() else None),
         usage=_usage(part, out.name),
+        spoken=part == "all",
     )
     tokens = TokensConfig(**settings["tokens"])
     parts = ModelParts(

@@ -90,7 +90,7 @@ def write_model_folder(folder: Path, parts: ModelParts, *, max_shard_size: str =
         tie_word_embeddings=bool(architecture.get("tie_word_embeddings", False)),
         echat={
             "tokens": asdict(tokens),
-            "network": parts.network,
+            "network": _without_paths(parts.network),
             "tied_weights": {_PREFIX + alias: _PREFIX + name for alias, name in parts.tied_weights.items()},
             "step": parts.step,
         },
@@ -106,6 +106,15 @@ def write_model_folder(folder: Path, parts: ModelParts, *, max_shard_size: str =
 def write_generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """How Hugging Face's own generation ends a turn."""
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def _without_paths(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The network with names in place of the folders on this machine that its weights once came from."""
+    named = {part: network[part]["weights"] for part in ("encoder", "llm")}
+    return dict(network) | {
+        part: {**network[part], "weights": Path(weights).name if Path(weights).is_dir() else weights}
+        for part, weights in named.items()
+    }
 
 
 def _bring_speech_tokenizer(folder: Path, tokens: TokensConfig) -> tuple[TokensConfig, list[str]]:

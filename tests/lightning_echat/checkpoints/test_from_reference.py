@@ -77,6 +77,9 @@ def test_every_layout_gives_the_same_weights(layout, released, converted, parity
     assert ("left out: never used by the released code" in shown) == (layout != "no doubles")
     assert "2,173,057 parameters" in shown
     assert "--reference_repo CLONE" in shown
+    assert "speech encoder: 4 attention heads\n" in shown
+    # Nothing in the folder tells where it was made.
+    assert str(parity) not in (tmp_path / "out/config.json").read_text()
 
 
 def test_alpha_of_lora_comes_from_the_option_or_the_config(released, parity, tmp_path, capsys):

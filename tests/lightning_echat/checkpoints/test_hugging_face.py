@@ -197,6 +197,8 @@ def test_plain_transformers_loads_the_language_model_alone(run, tmp_path):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+    card = yaml.safe_load((tmp_path / "llm/README.md").read_text().split("---\n")[1])
+    assert (card["pipeline_tag"], card["library_name"], card["metrics"]) == ("text-generation", "transformers", [])
     assert AutoTokenizer.from_pretrained(tmp_path / "llm").eos_token_id == theirs.generation_config.eos_token_id
     # It is a language model, and no place to start a stage from.
     with pytest.raises(UserError, match="type 'qwen2', not one of this project"):

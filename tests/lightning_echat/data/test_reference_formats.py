@@ -19,7 +19,7 @@ from lightning_echat.data.verify import verify
 from lightning_echat.tokens.tasks import task_from_name
 from tests.lightning_echat.data.data_helpers import wav, write_tar
 
-FAKE_DATA = Path(__file__).resolve().parents[4] / "shared" / "reference" / "fake_data"
+FAKE_DATA = Path(__file__).parents[4] / "shared" / "reference" / "fake_data"
 THINK = "<S2TCHAT> <TEXT2TOKEN> <THINK>"
 EXTRA = {"age": "<OLD>", "think_str": "an old man asks", "question": "where", "speech_token": [1, 2]}
 

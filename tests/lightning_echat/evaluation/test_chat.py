@@ -119,6 +119,7 @@ def test_thinking_is_told_in_its_parts(monkeypatch, tmp_path, checkpoint, questi
         "transcript": "where to",
         "labels": {"age": "old", "event": "cough"},
         "reply_emotion": "comforting",
+        "written": THINKING.removeprefix("<think>").removesuffix("<think end>"),
         "well_formed": True,
     }
     assert answer["finished"] is True
@@ -126,7 +127,15 @@ def test_thinking_is_told_in_its_parts(monkeypatch, tmp_path, checkpoint, questi
     shown = capsys.readouterr().out
     for words in ("where to", "age old, event cough", "comforting", "go left", "answer.wav (0.2 s)", "total 0.50 s"):
         assert words in shown
-    assert "cut short" not in shown
+    assert "cut short" not in shown and "thinks" not in shown
+
+
+def test_thinking_that_cannot_be_parsed_is_shown_as_it_stands(monkeypatch, checkpoint, questions, capsys):
+    """A released model thinks in sentences of its own, which no parser of ours reads."""
+    script(monkeypatch, "<think>ein alter Mann fragt nach dem Weg<think end>go left")
+    chat(checkpoint, questions[:1], thinking="natural")
+    shown = capsys.readouterr().out
+    assert "thinks  ein alter Mann fragt nach dem Weg\n" in shown and "reply   go left\n" in shown
 
 
 def test_an_answer_without_codes_stays_silent(monkeypatch, tmp_path, checkpoint, questions, capsys):
