@@ -229,7 +229,7 @@ def _print_summary(
     if prompts is not None:
         lines.append("prompts: the reference's, read from the clone into prompt_set.yaml")
         if "thinking" not in prompts:
-            lines.append("label thinking: this project's own wording, as the clone has none where the released code has")
+            lines.append("label thinking: this project's own wording; the clone has none in its usual place")
     else:
         lines.append(
             f"prompts: this project's own ({PROJECT_PROMPTS}). The weights were trained with other words, so answers "

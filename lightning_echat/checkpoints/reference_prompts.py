@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ def _thinking_of(node: ast.JoinedStr) -> dict[str, Any]:
     if not framed or not all(fields) or start is None or end is None:
         return {}
     # What stands before every label is no part of its introduction.
-    separator = commonprefix(words[1:-1])
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*words[1:-1], strict=False))
+    separator = "".join(letters[0] for letters in same)
     intros = [word.removeprefix(separator) for word in words[1:-1]]
     return {
         "open": start[0],

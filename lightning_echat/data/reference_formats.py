@@ -61,7 +61,7 @@ class RowMembers(Mapping[str, bytes]):
 
 @dataclass(slots=True, kw_only=True)
 class ReferenceRow:
-    """A row of a unit: its key, its place there from 0 (the line of a raw list, else in the order read), its members."""
+    """A row of a unit: key, place from 0 (the line of a raw list, else in the order read), members."""
 
     key: str
     index: int

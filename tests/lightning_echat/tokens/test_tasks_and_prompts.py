@@ -139,5 +139,5 @@ def test_instructions_may_belong_to_certain_labels(tmp_path):
     # Another order is another answer.
     assert prompt_set.instruction(DialogueTask(kind="label", labels=("gender", "age")), 3) == "gender, age"
     tasks["label"]["instructions_for"] = {"age, mood": ["who"]}
-    with pytest.raises(UserError, match="instructions_for.mood is no label set"):
+    with pytest.raises(UserError, match=r"instructions_for\.mood is no label set"):
         load_prompt_set(changed_set(tmp_path, tasks=tasks))
