@@ -93,7 +93,7 @@ def evaluate(
     """Answer, score, and write OUT/report.json and OUT/evaluation/.
 
     Args:
-        checkpoint: A .ckpt file or the folder of a run.
+        checkpoint: A .ckpt file, the folder of a run, or one of echat convert.
         sets: Understanding is measured on all of them, dialogue on the first.
         out: The run folder. What stages and data left there (stage_summary.json, data_health.json) joins the report.
         questions: How they are put.

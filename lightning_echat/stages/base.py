@@ -57,7 +57,7 @@ class EChatStage(L.LightningModule):
         optimizer: Builds the optimizer from the trainable parameters.
         scheduler: Builds a learning-rate schedule that is stepped at every optimizer step; none for a constant rate.
         trainable: Name patterns of the parts that train; empty for the stage's own choice.
-        init_from: Checkpoint or run folder of the stage before.
+        init_from: Checkpoint or run folder of the stage before, or a folder of `echat convert`.
         init_new_parts: Name patterns of weights that `init_from` need not have.
         auxiliary: Weights of the auxiliary losses.
         decoding: How callbacks generate answers.
