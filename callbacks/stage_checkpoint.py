@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_echat.contracts import UserError
+from lightning_echat.nn.weights import latest_checkpoint
+from lightning_echat.parallel import sharded
 
 _STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 
@@ -56,6 +63,7 @@ class StageCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if getattr(pl_module, "stopping", self._asked_by is not None):
             self._save_now(trainer)
+            _wait_for_saving(trainer)
             if self._asked_by == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SIGTERMException(_STOPPED_BY_SIGTERM)
@@ -64,6 +72,7 @@ class StageCheckpoint(ModelCheckpoint):
         """Save unless the last step is saved already."""
         self._save_now(trainer)
         super().on_train_end(trainer, pl_module)
+        _wait_for_saving(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what one rank has; several cannot."""
@@ -81,3 +90,34 @@ class StageCheckpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """What `--ckpt_path last` means: the newest that is whole, also where a fault left a link to what is gone."""
+        try:
+            return {str(latest_checkpoint(self.dirpath or trainer.default_root_dir))}
+        except UserError:
+            return set()
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Point `last` at a checkpoint once that is whole."""
+        if (strategy := sharded(trainer)) is None:
+            ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+            return
+        link = Path(linkpath)
+
+        def point() -> None:
+            new = link.with_name(f".{link.name}.new")
+            new.unlink(missing_ok=True)
+            new.symlink_to(os.path.relpath(filepath, link.parent))
+            if link.is_dir() and not link.is_symlink():
+                shutil.rmtree(link)
+            new.replace(link)
+
+        strategy.once_saved(point)
+
+
+def _wait_for_saving(trainer: Trainer) -> None:
+    """Until a checkpoint that is written in the background is whole."""
+    if (strategy := sharded(trainer)) is not None:
+        strategy.wait_for_saving()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -49,6 +52,8 @@ class ShardedStrategy(ModelParallelStrategy):
         compute: Type of parameters and activations in a step. Master weights, gradients' sums and the optimizer stay
             float32, as do the losses; norms compute in float32 on what they are given.
         cpu_offload: Keep shards and optimizer state in the host's memory. Slow; for models that fit no other way.
+        async_saving: Train on while a checkpoint is written, from a copy of the shards in the host's memory. It gets
+            its name, and what it replaces is deleted, once all of it is on disk.
         timeout: A collective call that other ranks do not join fails after this long, on every rank.
         process_group_backend: gloo or nccl; empty for the device's own.
     """
@@ -58,6 +63,7 @@ class ShardedStrategy(ModelParallelStrategy):
         replicas: int | Literal["nodes"] = 1,
         compute: Literal["float32", "bfloat16"] = "float32",
         cpu_offload: bool = False,
+        async_saving: bool = False,
         timeout: timedelta = timedelta(minutes=10),
         process_group_backend: str | None = None,
     ) -> None:
@@ -71,6 +77,10 @@ class ShardedStrategy(ModelParallelStrategy):
         self.replicas = replicas
         self.compute = compute
         self.cpu_offload = cpu_offload
+        self.async_saving = async_saving
+        self._time_limit = timeout
+        self._saving: _Saving | None = None
+        self._saving_group: dist.ProcessGroup | None = None
         self._shard_mesh: DeviceMesh | None = None
 
     def setup_environment(self) -> None:
@@ -136,16 +146,59 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             UserError: On every rank, where one of them could not write. What was saved before is untouched.
         """
+        self.wait_for_saving()
         path = Path(self.broadcast(str(filepath)))
         partial = path.with_name(f".{path.name}.partial")
-        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+        problem = f"cannot save checkpoint {path}"
+        with self._together(problem, otherwise=lambda: _discard(partial)):
             if self.is_global_zero:
                 _discard(partial)
-        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+        if self.async_saving:
+            with self._together(problem, otherwise=lambda: _discard(partial)):
+                self._saving = self._start_saving(checkpoint, partial, path)
+            return
+        with self._together(problem, otherwise=lambda: _discard(partial)):
             super().save_checkpoint(checkpoint, partial, storage_options)
-        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+        with self._together(problem, otherwise=lambda: _discard(partial)):
             if self.is_global_zero:
                 _commit(partial, path)
+
+    def _start_saving(self, checkpoint: dict[str, Any], partial: Path, path: Path) -> _Saving:
+        """Copy the shards and write them in a thread, with collective calls of its own that meet no others."""
+        if self._saving_group is None:
+            self._saving_group = dist.new_group(backend="gloo", timeout=self._time_limit)
+        # Lightning's layout of a sharded checkpoint.
+        shards = {"state_dict": checkpoint.pop("state_dict")}
+        shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        partial.mkdir(parents=True, exist_ok=True)
+        if self.is_global_zero:
+            torch.save(checkpoint, partial / "meta.pt")
+        written = async_save(shards, checkpoint_id=partial, process_group=self._saving_group)
+        assert isinstance(written, Future)
+        return _Saving(written, partial, path, commits=self.is_global_zero)
+
+    def wait_for_saving(self) -> None:
+        """Until the checkpoint that is being written in the background is whole: a collective call.
+
+        Raises:
+            UserError: On every rank, where one of them could not write it. What was saved before is untouched.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with self._together(f"cannot save checkpoint {saving.path}", otherwise=lambda: _discard(saving.partial)):
+                saving.committed.result()
+
+    def once_saved(self, action: Callable[[], None]) -> None:
+        """Call `action` on rank 0 once what is being saved is whole; at once where nothing is, never where it fails."""
+        if self.is_global_zero:
+            if self._saving is None:
+                action()
+            else:
+                self._saving.then(action)
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        """Delete a checkpoint, but not before what takes its place is whole."""
+        self.once_saved(lambda: super(ShardedStrategy, self).remove_checkpoint(filepath))
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
@@ -179,6 +232,47 @@ class ShardedStrategy(ModelParallelStrategy):
             if otherwise is not None and self.is_global_zero:
                 otherwise()
             raise UserError(f"{what}: {next(text for text in problems if text)}") from own
+
+
+class _Saving:
+    """A checkpoint that is being written in the background.
+
+    Attributes:
+        partial: Where it is written to.
+        path: The name that it gets.
+        committed: Done once it has its name and what was to follow is done; on ranks other than 0, once it is written.
+    """
+
+    def __init__(self, written: Future[Any], partial: Path, path: Path, *, commits: bool) -> None:
+        self.partial, self.path = partial, path
+        self.committed: Future[None] = Future()
+        self._commits = commits
+        self._actions: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        # All ranks' parts are on disk by then: DCP writes its index last, and rank 0 does.
+        written.add_done_callback(self._commit)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Call `action` after the commit."""
+        with self._lock:
+            if not self.committed.done():
+                self._actions.append(action)
+                return
+        if self.committed.exception() is None:
+            action()
+
+    def _commit(self, written: Future[Any]) -> None:
+        try:
+            written.result()
+            if self._commits:
+                _commit(self.partial, self.path)
+            with self._lock:
+                for action in self._actions:
+                    action()
+                self.committed.set_result(None)
+        # DCP's own is no Exception; whoever waits raises it.
+        except BaseException as error:
+            self.committed.set_exception(error)
 
 
 def _problem(error: BaseException, rank: int) -> str:
@@ -218,6 +312,12 @@ def language_blocks(model: EChatModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     raise UserError(f"{type(llm).__name__} has no list of its {count} layers, so it cannot be sharded; train it whole")
+
+
+def compile_blocks(model: EChatModel) -> None:
+    """Let torch.compile translate each block when it is first called; names of weights stay."""
+    for block in blocks(model):
+        block.compile()
 
 
 def sharded(trainer: Trainer | None) -> ShardedStrategy | None:

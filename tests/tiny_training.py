@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -96,7 +100,7 @@ def make_stage(tokens: TokensConfig, *, network: NetworkConfig | None = None, **
     options = {"optimizer": partial(torch.optim.SGD, lr=0.05), **options}
     network = network or tiny_network_config(auxiliary_labels=("age", "emotion"))
     if network.auxiliary_labels:
-        options.setdefault("auxiliary", AuxiliaryWeights(ctc=0.3, labels=2.0))
+        options.setdefault("auxiliary", AuxiliaryWeights(ctc=0.3, text_ctc=0.5, labels=2.0))
     return EmpathyStage(tokens=tokens, network=network, **options)
 
 
@@ -153,3 +157,84 @@ def batches_of(tokenizer: DialogueTokenizer) -> tuple[list[PackedBatch], list[Pa
         micro.append(collate(dialogues[-1], padding=tokenizer.vocabulary.padding))
     whole = [collate(list(chain(*dialogues[at : at + 4])), padding=tokenizer.vocabulary.padding) for at in (0, 4)]
     return micro, whole
+
+
+class TinyData(Listed):
+    """`Listed` for the command line: the micro-batches, from the optimizer step on at which a run was saved."""
+
+    def __init__(self, tokens: TokensConfig) -> None:
+        micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+        super().__init__(micro, validation=micro[:4])
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"first": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first = state_dict["first"]
+
+
+class KillOnce(Callback):
+    """Kills one rank, the first time that a run has made two steps and comes to the moment.
+
+    Args:
+        mark: A file that remembers it.
+        moment: In the third step; in the saving after it, with this rank's shard on disk and others' not waited for;
+            or in the validation after the second.
+        rank: Which.
+    """
+
+    def __init__(self, mark: Path, moment: Literal["step", "checkpoint", "validation"] = "step", rank: int = 1) -> None:
+        self.mark, self.moment, self.rank = mark, moment, rank
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._kill("step", trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._kill("validation", trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        written = FileSystemWriter.write_data
+
+        def write_and_die(*args: Any) -> Any:
+            result = written(*args)
+            self._kill("checkpoint", trainer)
+            return result
+
+        if trainer.global_step == 3:
+            FileSystemWriter.write_data = write_and_die
+
+    def _kill(self, moment: str, trainer: Trainer) -> None:
+        here = trainer.global_step >= 2 and trainer.global_rank == self.rank and not self.mark.exists()
+        if here and moment == self.moment:
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TermOnce(Callback):
+    """Each rank is told to stop in its second step, the first time that a run gets there."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        mark = self.mark.with_name(f"{self.mark.name}{trainer.global_rank}")
+        if trainer.global_step == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class WaitOnce(Callback):
+    """The first time that a run comes to its third step, says so with a file and waits until that is gone."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        own = self.mark.with_name(f"{self.mark.name}{trainer.global_rank}")
+        done = own.with_name(f"{own.name}.done")
+        if trainer.global_step == 2 and not done.exists():
+            done.touch()
+            own.touch()
+            while own.exists():
+                time.sleep(0.1)

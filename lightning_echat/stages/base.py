@@ -23,7 +23,7 @@ from lightning_echat.metrics import MeanTokenLoss
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weights import load_from, stored_settings
-from lightning_echat.parallel import any_rank, gathered, local, reshard, sharded
+from lightning_echat.parallel import any_rank, compile_blocks, gathered, local, reshard, sharded
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -61,6 +61,8 @@ class EChatStage(L.LightningModule):
         init_new_parts: Name patterns of weights that `init_from` need not have.
         auxiliary: Weights of the auxiliary losses.
         decoding: How callbacks generate answers.
+        compile_blocks: Have each block of encoder, adapter and language model translated by torch.compile, which costs
+            minutes at the start and gains where kernels are small. Answers are generated without.
     """
 
     default_trainable: tuple[str, ...] = ("*",)
@@ -77,6 +79,7 @@ class EChatStage(L.LightningModule):
         init_new_parts: list[str] | None = None,
         auxiliary: AuxiliaryWeights | None = None,
         decoding: DecodingConfig | None = None,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         self.tokens = tokens
@@ -92,6 +95,7 @@ class EChatStage(L.LightningModule):
                 "auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights"
             )
         self.decoding = decoding or DecodingConfig()
+        self.compile_blocks = compile_blocks
         self.dialogue_tokenizer = DialogueTokenizer.from_config(tokens)
         self.model: EChatModel | None = None
         self._window_tokens: Tensor | None = None
@@ -114,6 +118,8 @@ class EChatStage(L.LightningModule):
         # The auxiliary heads exist for training only, so they train whatever else does.
         auxiliary = ("auxiliary.*",) if self.model.auxiliary is not None else ()
         set_trainable(self.model, (*self.trainable_patterns, *auxiliary))
+        if self.compile_blocks:
+            compile_blocks(self.model)
         if (strategy := sharded(self._trainer)) is not None:
             strategy.shard(self, self.model, entries=("training_step", "_validate", "_answer"))
 
@@ -204,7 +210,9 @@ class EChatStage(L.LightningModule):
         if self._answered is None or self._answered[0] is not batch:
             training = self.model.training
             self.model.eval()
-            self._answered = (batch, self._answer(batch))
+            # Every length of what is written so far would be compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                self._answered = (batch, self._answer(batch))
             self.model.train(training)
             if training:
                 frozen_in_eval(self.model)

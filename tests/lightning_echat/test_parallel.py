@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from callbacks.empathy_evaluation import EmpathyEvaluation
 from callbacks.paralinguistic_accuracy import ParalinguisticAccuracy
@@ -24,6 +25,7 @@ from lightning_echat.command_errors import explain_lost_rank
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.decoding import DecodingConfig
 from lightning_echat.nn.echat_model import NetworkConfig
+from lightning_echat.nn.sharded_files import is_sharded, read_sharded
 from lightning_echat.nn.speech_language_model import LoRAConfig
 from lightning_echat.nn.weights import latest_checkpoint, load_trained
 from lightning_echat.parallel import ShardedStrategy
@@ -46,6 +48,7 @@ class Case:
         sharding: Options of `ShardedStrategy`; None for DDP.
         again: Parts whose layers are computed again in backward.
         lora: Whether the language model is adapted by LoRA.
+        compiled: Whether blocks are compiled.
         trainable: Patterns of what trains.
         tolerance: Of the curve and of the weights.
     """
@@ -53,6 +56,7 @@ class Case:
     sharding: dict[str, Any] | None = field(default_factory=dict)
     again: tuple[str, ...] = ()
     lora: bool = False
+    compiled: bool = False
     trainable: tuple[str, ...] = ("*",)
     tolerance: float = 1e-5
 
@@ -64,7 +68,7 @@ class Case:
 
     def train(self, tokens: TokensConfig, folder: Path, *, alone: bool = False, world: int = 2) -> None:
         micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
-        stage = make_stage(tokens, network=self.network(), trainable=list(self.trainable))
+        stage = make_stage(tokens, network=self.network(), trainable=list(self.trainable), compile_blocks=self.compiled)
         options: dict[str, Any] = {"gradient_clip_val": 0.5}
         if not alone:
             strategy = DDPStrategy(timeout=LIMIT) if self.sharding is None else sharding(**self.sharding)
@@ -83,6 +87,11 @@ CASES = {
     "FSDP, language model frozen": Case(trainable=("encoder.*", "adapter.*"), again=("encoder", "llm")),
     "FSDP, LoRA": Case(lora=True),
     "FSDP, bfloat16": Case(sharding={"compute": "bfloat16"}, tolerance=2e-2),
+}
+COMPILED = {
+    "DDP, compiled": Case(sharding=None, compiled=True),
+    "FSDP, compiled": Case(compiled=True),
+    "FSDP, compiled and computed again": Case(compiled=True, again=("encoder", "llm")),
 }
 
 
@@ -118,13 +127,25 @@ def test_replicas_of_shards_give_the_curve_of_one_process(tmp_path, tokens):
     _compare_with_one_process(tokens, tmp_path, cases, window=1)
 
 
+def train_compiled(tokens: TokensConfig, folder: Path) -> None:
+    train_cases(tokens, folder, COMPILED)
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_curve_of_plain_ones(tmp_path, tokens):
+    """Also where they are sharded, and where they are computed again."""
+    run_on_ranks(train_compiled, tokens, tmp_path)
+    _compare_with_one_process(tokens, tmp_path, COMPILED, window=2)
+
+
 def _compare_with_one_process(tokens: TokensConfig, folder: Path, cases: dict[str, Case], *, window: int) -> None:
     ones: dict[Any, tuple[list[float], dict[str, Tensor]]] = {}
     for name, case in cases.items():
         alike = (case.lora, case.trainable)
         if alike not in ones:
             one = folder / f"one, as {name}"
-            replace(case, again=()).train(tokens, one, alone=True)
+            replace(case, again=(), compiled=False).train(tokens, one, alone=True)
             ones[alike] = recorded(one)
         curve, weights = ones[alike]
         spread, ends = recorded(folder / name, window=window)
@@ -328,6 +349,46 @@ def test_an_index_that_would_run_something_is_refused(tmp_path):
         load_trained(folder)
 
 
+class LookAtTheLast(Callback):
+    """Rank 0 looks at what stands under the names of checkpoints while the next one is being written."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step:
+            folder = Path(str(trainer.checkpoint_callback.dirpath))  # type: ignore[union-attr]
+            for path in folder.glob("*.ckpt"):
+                assert is_sharded(path), f"{path} has its name and is not whole"
+
+
+def save_in_the_background(tokens: TokensConfig, folder: Path) -> None:
+    """The same run as that of the fixture `two`, but for how it saves; it keeps the newest checkpoint only."""
+    micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+    keeping = StageCheckpoint(dirpath=folder / "checkpoints", save_last="link", save_top_k=1, every_n_train_steps=1)
+    spread: dict[str, Any] = {"devices": 2, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+    train(
+        make_stage(tokens, optimizer=ADAM),
+        micro,
+        folder,
+        keeping,
+        LookAtTheLast(),
+        strategy=sharding(async_saving=True),
+        **spread,
+    )
+
+
+def test_what_is_saved_in_the_background_is_what_there_was_at_that_step(tmp_path, two, tokens):
+    """A copy that training goes on to change; a checkpoint deleted before that which replaces it is whole."""
+    run_on_ranks(save_in_the_background, tokens, tmp_path)
+    assert names(tmp_path) == ["epoch=0-step=2.ckpt", "last.ckpt"]
+    there = read_sharded(tmp_path / "checkpoints" / "last.ckpt", optimizer=True)
+    expected = read_sharded(two / "two" / "checkpoints" / "epoch=0-step=2.ckpt", optimizer=True)
+    assert there["state_dict"].keys() == expected["state_dict"].keys()
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(there["state_dict"][name], tensor), name
+    (own,), (other,) = (whole["optimizer_states"] for whole in (there, expected))
+    for name, entry in other["state"].items():
+        assert torch.equal(own["state"][name]["exp_avg"], entry["exp_avg"]), name
+
+
 class KillMe(Callback):
     """Kills one rank in the middle of its second step."""
 
@@ -355,7 +416,9 @@ class FullDisk(Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
-def train_disturbed(tokens: TokensConfig, folder: Path, disturbance: Callback, limit: timedelta) -> None:
+def train_disturbed(
+    tokens: TokensConfig, folder: Path, disturbance: Callback, limit: timedelta, async_saving: bool = False
+) -> None:
     micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
     rank = os.environ["RANK"]
     trainer = make_trainer(
@@ -363,7 +426,7 @@ def train_disturbed(tokens: TokensConfig, folder: Path, disturbance: Callback, l
         disturbance,
         saving(folder / "checkpoints"),
         enable_checkpointing=True,
-        strategy=ShardedStrategy(timeout=limit),
+        strategy=ShardedStrategy(timeout=limit, async_saving=async_saving),
         devices=2,
     )
     try:
@@ -393,9 +456,11 @@ def test_a_job_that_is_asked_to_stop_saves_first(tmp_path, tokens):
     assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
 
 
-def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens):
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in the background"])
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens, background):
     """A rank that fails to write alone would leave the others waiting, or its half checkpoint in place of a whole."""
-    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, within=60) == [3, 3]
+    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, background, within=60)
+    assert statuses == [3, 3]
     for rank in (0, 1):
         said = (tmp_path / f"said{rank}").read_text()
         assert said.startswith("cannot save checkpoint") and "rank 1: " in said and "File too large" in said, said

@@ -1,0 +1,260 @@
+"""Runs as a cluster starts them: torchrun and the command line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_echat.testing import tiny_network_config
+from lightning_echat.tokens.dialogue_template import TokensConfig
+from tests.ranks import free_port
+from tests.tiny_training import recorded
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def write_config(folder: Path, tokens: TokensConfig, *callbacks: dict[str, Any], num_nodes: int, devices: int, **sharding: Any) -> Path:
+    """An experiment of four optimizer steps that saves at each."""
+    sharding = {"timeout": "0:01:00", **sharding}
+    saving = {"save_last": "link", "save_top_k": -1, "every_n_train_steps": 1}
+    trainer = {
+        "default_root_dir": str(folder),
+        "accelerator": "cpu",
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "max_steps": 4,
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "logger": False,
+        "enable_progress_bar": False,
+        "strategy": {"class_path": "lightning_echat.parallel.ShardedStrategy", "init_args": sharding},
+        "callbacks": [
+            {"class_path": "callbacks.stage_checkpoint.StageCheckpoint", "init_args": saving},
+            {"class_path": "tests.tiny_training.Record", "init_args": {"folder": str(folder)}},
+            *callbacks,
+        ],
+    }
+    stage = {"tokens": asdict(tokens), "network": asdict(tiny_network_config())}
+    config = {
+        "trainer": trainer,
+        "model": {"class_path": "lightning_echat.stages.empathy.EmpathyStage", "init_args": stage},
+        "data": {"class_path": "tests.tiny_training.TinyData"},
+    }
+    folder.mkdir(parents=True)
+    path = folder / "experiment.yaml"
+    # Through JSON's types: tuples have no plain YAML.
+    path.write_text(yaml.safe_dump(yaml.load(yaml.dump(config), _PlainLoader)))
+    return path
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads Python's tuples as lists."""
+
+
+_PlainLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
+)
+
+
+def torchrun(config: Path, *options: str) -> list[str]:
+    """The documented launch."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", *options]
+    fit = ["fit", "--config", str(config), "--ckpt_path", "last"]
+    return [*launcher, "--no-python", sys.executable, "-c", "from lightning_echat.cli import main; main()", *fit]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    alone = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": paths}
+    return {**os.environ, **alone, **more}
+
+
+def launch(config: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    words = torchrun(config, "--standalone", "--nproc-per-node", "2", *options)
+    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, tokens: TokensConfig) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    ended = launch(write_config(folder, tokens, num_nodes=1, devices=2))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("moment", "background"), [("step", False), ("checkpoint", False), ("checkpoint", True), ("validation", False)]
+)
+def test_torchrun_brings_a_killed_rank_back_and_the_run_ends_as_if_undisturbed(
+    tmp_path, tokens, calm, moment, background
+):
+    """kill -9 of one rank; the restarted ranks go on from the last whole checkpoint, to the bit."""
+    arguments = {"mark": str(tmp_path / "mark"), "moment": moment}
+    kill = {"class_path": "tests.tiny_training.KillOnce", "init_args": arguments}
+    config = write_config(tmp_path / "killed", tokens, kill, num_nodes=1, devices=2, async_saving=background)
+    killed = launch(config, "--max-restarts", "1")
+    assert killed.returncode == 0, killed.stderr[-2000:]
+    assert (tmp_path / "mark").exists()
+    assert "echat: rank 0 was left alone" in killed.stderr
+    whole, weights = recorded(calm)
+    rest, ends = recorded(tmp_path / "killed")
+    assert len(whole) == 4 and rest == whole[2:]
+    for name, tensor in weights.items():
+        assert torch.equal(ends[name], tensor), name
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*")), "a half checkpoint is left"
+
+
+def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens, calm):
+    """Static rendezvous: a launcher a node, and replicas across nodes."""
+    config = write_config(tmp_path / "nodes", tokens, num_nodes=2, devices=1)
+    port = str(free_port())
+    both = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    words = [[*torchrun(config, *both, "--node-rank", rank), "--trainer.strategy.replicas", "nodes"] for rank in "01"]
+    nodes = [subprocess.Popen(each, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for each in words]
+    said = [node.communicate(timeout=400)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:]
+    assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(calm)[0], rel=1e-6)
+
+
+SRUN = """#!/bin/bash
+# Stands in for SLURM's: two tasks on this machine.
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids="$pids $!"
+done
+echo $pids > "$TASKS"
+status=0
+for pid in $pids; do wait $pid || status=$?; done
+exit $status
+"""
+ECHAT = """#!/bin/bash
+exec {python} -c 'from lightning_echat.cli import main; main()' "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >> "$REQUEUED"
+"""
+
+
+def test_a_slurm_job_that_is_preempted_saves_goes_back_into_the_queue_and_ends_as_if_undisturbed(
+    tmp_path, tokens, calm
+):
+    """The batch script itself, with stand-ins for SLURM's commands."""
+    for name, text in (("srun", SRUN), ("echat", ECHAT.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    signals = {"class_path": "tests.tiny_training.TermOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    config = write_config(tmp_path / "job", tokens, signals, num_nodes=1, devices=2)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "echat", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
+    files = {"TASKS": str(tmp_path / "tasks"), "REQUEUED": str(tmp_path / "requeued")}
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    words = ["bash", str(ROOT / "experiments/trainer/slurm.sbatch"), "--config", str(config)]
+    tries = [
+        subprocess.run(
+            words,
+            cwd=ROOT,
+            env=environment(**job, **files, PATH=path, MASTER_ADDR="127.0.0.1"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        for _ in range(2)
+    ]
+    assert [each.returncode for each in tries] == [143, 0], [each.stderr[-2000:] for each in tries]
+    assert "SIGTERM: finishing the step, then saving" in tries[0].stderr
+    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    # It was told in its second step.
+    assert recorded(tmp_path / "job")[0] == recorded(calm)[0][2:]
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[dict[str, str]]:
+    """Two hosts with a wire between them: name -> address. Needs root."""
+    addresses = {"echatA": "10.77.0.1", "echatB": "10.77.0.2"}
+    try:
+        for host in addresses:
+            ip(f"netns add {host}")
+        ip("link add echatA0 netns echatA type veth peer name echatB0 netns echatB")
+        for host, address in addresses.items():
+            ip(f"-n {host} addr add {address}/24 dev {host}0")
+            ip(f"-n {host} link set {host}0 up")
+            ip(f"-n {host} link set lo up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', error)}")
+    else:
+        yield addresses
+    finally:
+        for host in addresses:
+            subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
+
+
+def on_host(host: str, address: str, config: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The launch for several nodes, tried again until it ends well."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-id", "test"]
+    rendezvous += ["--rdzv-conf", f"is_host={int(host == 'echatA')}", "--local-addr", address]
+    words = torchrun(config, "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", *rendezvous)
+    again = f"until {shlex.join(words)}; do sleep 1; done"
+    inside = ["ip", "netns", "exec", host, "bash", "-c", again]
+    # A session of its own, so that the loop and all that it started can be ended together.
+    return subprocess.Popen(
+        inside,
+        cwd=ROOT,
+        env=environment(GLOO_SOCKET_IFNAME=f"{host}0"),
+        stderr=log.open("wb"),
+        start_new_session=True,
+    )
+
+
+def until(there: Callable[[], bool], *, within: float, else_say: Callable[[], str]) -> None:
+    ends = time.monotonic() + within
+    while not there():
+        assert time.monotonic() < ends, else_say()
+        time.sleep(0.2)
+
+
+def test_a_host_that_is_cut_off_and_comes_back_trains_on_as_if_nothing_had_been(tmp_path, tokens, calm, hosts):
+    """Two hosts with addresses of their own; the wire is cut in the third step, until both have given up waiting."""
+    wait = {"class_path": "tests.tiny_training.WaitOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    config = write_config(tmp_path / "run", tokens, wait, num_nodes=2, devices=1, timeout="0:00:10")
+    logs = {host: tmp_path / f"{host}.log" for host in hosts}
+
+    def said() -> str:
+        return "\n".join(f"{host}: {log.read_text()[-1500:]}" for host, log in logs.items())
+
+    runs = [on_host(host, address, config, logs[host]) for host, address in hosts.items()]
+    marks = [tmp_path / f"mark{rank}" for rank in (0, 1)]
+    try:
+        until(lambda: all(mark.exists() for mark in marks), within=120, else_say=said)
+        ip("-n echatB link set echatB0 down")
+        for mark in marks:
+            mark.unlink()
+        gave_up = ("waited in vain", "was left alone")
+        until(lambda: all(any(s in log.read_text() for s in gave_up) for log in logs.values()), within=90, else_say=said)
+        ip("-n echatB link set echatB0 up")
+        until(lambda: all(run.poll() is not None for run in runs), within=240, else_say=said)
+    finally:
+        for run in runs:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGTERM)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert recorded(tmp_path / "run")[0] == recorded(calm)[0][2:]
