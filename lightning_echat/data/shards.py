@@ -1,4 +1,4 @@
-"""From patterns to shards, from shards to the dialogues stored in them, and who reads which shard."""
+"""From patterns to shards, and from shards to the dialogues stored in them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
-from itertools import count
 from pathlib import Path
-from random import Random
 from typing import IO, Any
 
 from braceexpand import braceexpand
@@ -36,11 +34,11 @@ class ShardPart:
 
 @dataclass(slots=True, kw_only=True)
 class StoredDialogue:
-    """The members of one key as they stand in the tar: name after the key -> bytes; `index` counts within the shard."""
+    """The members of one key as they stand in the tar: name after the key -> bytes; `ordinal` is its place there."""
 
     key: str
     shard: str
-    index: int
+    ordinal: int
     members: dict[str, bytes]
 
 
@@ -128,33 +126,8 @@ def _nothing_matches(pattern: str, path: Path) -> str:
     return f"shards {pattern!r}{where} match nothing in {path.parent}{hint}"
 
 
-def training_parts(
-    shards: Sequence[str], *, consumer: int, consumers: int, seed: str, repeat: bool
-) -> Iterator[ShardPart]:
-    """What one of `consumers` readers (ranks × workers) reads, in order; endless when `repeat`.
-
-    All readers step through one sequence, each epoch's own shuffle of the shards after the other, every
-    `consumers`-th element each. So an epoch is read once among them all, whatever their number. Where there are fewer
-    shards than readers, several share a shard by sample index: no source is missing for any reader, which would bend
-    the weights of a mixture.
-    """
-    parts = -(-consumers // len(shards))
-    everything = [ShardPart(path=path, part=part, parts=parts) for path in shards for part in range(parts)]
-    order: list[ShardPart] = []
-    shuffled_epoch = -1
-    for position in count(consumer, consumers):
-        epoch, index = divmod(position, len(everything))
-        if epoch and not repeat:
-            return
-        if epoch != shuffled_epoch:
-            order = everything.copy()
-            Random(f"{seed}/shards/{epoch}").shuffle(order)
-            shuffled_epoch = epoch
-        yield order[index]
-
-
-def read_shard(part: ShardPart, *, counter: SkipCounter) -> Iterator[StoredDialogue]:
-    """The dialogues of a shard in order. Damage ends the shard and is counted; it never raises.
+def read_shard(part: ShardPart, *, start: int = 0, counter: SkipCounter) -> Iterator[StoredDialogue]:
+    """The dialogues of a shard in order, from place `start` on. Damage ends the shard and is counted; it never raises.
 
     Reading is sequential, so any file-like source can stand behind it. Costs about 0.4 ms a sample.
     """
@@ -170,10 +143,21 @@ def read_shard(part: ShardPart, *, counter: SkipCounter) -> Iterator[StoredDialo
         return key, suffix
 
     groups = group_by_keys(_members(part.path, counter), keys=_any(key_and_suffix), lcase=False, handler=duplicate)
-    for index, group in enumerate(groups):
-        if index % part.parts == part.part:
+    for ordinal, group in enumerate(groups):
+        if ordinal >= start and ordinal % part.parts == part.part:
             members = {name: value for name, value in group.items() if not name.startswith("__")}
-            yield StoredDialogue(key=group["__key__"], shard=part.path, index=index, members=members)
+            yield StoredDialogue(key=group["__key__"], shard=part.path, ordinal=ordinal, members=members)
+
+
+def read_samples(shard: str, ordinals: Sequence[int], *, counter: SkipCounter) -> Iterator[StoredDialogue]:
+    """Certain dialogues of a shard, in the order of their places. What the shard no longer holds is left out."""
+    wanted = set(ordinals)
+    last = max(wanted, default=-1)
+    for stored in read_shard(ShardPart(path=shard), counter=counter) if wanted else ():
+        if stored.ordinal in wanted:
+            yield stored
+        if stored.ordinal >= last:
+            return
 
 
 def _any(function: Callable[[str], tuple[str | None, str | None]]) -> Any:
