@@ -29,7 +29,7 @@ class SpokenDialogueDataModule(LightningDataModule):
     `trainer.val_check_interval` in steps with `check_val_every_n_epoch: null`. Where none is, an epoch reads everything
     once, in as many steps on every rank.
 
-    Checkpoints hold where the data stands after the last batch trained on, for all ranks; going on from one yields the
+    Checkpoints hold where the data stands after the last optimizer step, for all ranks; going on from one yields the
     batches that would have followed (docs/data_engine.md). It is kept here and not by the loader, whose state Lightning
     takes a batch too late, of rank 0 only, and not at all at the end of an epoch.
     """
@@ -96,7 +96,7 @@ class SpokenDialogueDataModule(LightningDataModule):
     @property
     def epochs(self) -> dict[str, float]:
         """How often this rank has been through each source."""
-        position = self._trained.last(self._processed)
+        position = self._trained.at(self._steps)
         return self.train_loader.stream.epochs(position) if self.train_loader and position else {}
 
     def setup(self, stage: str) -> None:
@@ -112,11 +112,11 @@ class SpokenDialogueDataModule(LightningDataModule):
             self._reading(), sources=self.train, mixture_by=self.mixture_by, augmentation=self.augmentation
         )
         self._ranks = Ranks()
-        position = self._trained.last(self._processed) or self._restored_position(stream)
+        position = self._trained.at(self._steps) or self._restored_position(stream)
         self.train_loader = TrainingLoader(
             stream, num_workers=self.num_workers, ranks=self._ranks, position=position, pin_memory=_pins()
         )
-        self._trained = _TrainedPositions(current=self.train_loader.position, before=self._processed - 1)
+        self._trained = _TrainedPositions(before=self.train_loader.position, steps=self._steps)
         return self.train_loader
 
     def val_dataloader(self) -> list[ValidationLoader]:
@@ -138,15 +138,14 @@ class SpokenDialogueDataModule(LightningDataModule):
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Remember where the data stands after a training batch; the batch needs it no more."""
         if batch.position is not None:
-            self._trained = _TrainedPositions(
-                previous=self._trained.last(self._processed), current=batch.position, before=self._processed
-            )
+            before = self._trained.at(self._steps)
+            self._trained = _TrainedPositions(before=before, after=batch.position, steps=self._steps)
             batch.position = None
         return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training data stands on all ranks; every rank calls this."""
-        position = self._trained.last(self._processed)
+        position = self._trained.at(self._steps)
         if self.train_loader is None or position is None:
             return {"train": self._restored}
         made_by = self.train_loader.stream.made_by(workers=len(position.workers))
@@ -159,9 +158,9 @@ class SpokenDialogueDataModule(LightningDataModule):
         self._restored = state_dict["train"]
 
     @property
-    def _processed(self) -> int:
-        """Batches whose training step is over."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0  # type: ignore[attr-defined]
+    def _steps(self) -> int:
+        """Optimizer steps that are over."""
+        return self.trainer.global_step if self.trainer else 0
 
     def _restored_position(self, stream: TrainingStream) -> Position | None:
         if self._restored is None:
@@ -194,21 +193,24 @@ class SpokenDialogueDataModule(LightningDataModule):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TrainedPositions:
-    """Where the data stands, told from what Lightning has fetched ahead, and from a step that was broken off.
+    """Where the data stands after the last optimizer step.
+
+    Not what has been fetched ahead counts, nor an accumulation window that was broken off: its gradients are gone, so
+    all of its batches come again.
 
     Attributes:
-        current: After the batch given to the model last.
-        previous: Before it.
-        before: Steps that were over when it was given.
+        before: After the last step that was over when a batch was given to the model last.
+        after: After that batch.
+        steps: How many steps were over then.
     """
 
-    current: Position | None = None
-    previous: Position | None = None
-    before: int = -1
+    before: Position | None = None
+    after: Position | None = None
+    steps: int = 0
 
-    def last(self, processed: int) -> Position | None:
-        """After the last batch whose step is over, given how many are."""
-        return self.current if processed > self.before else self.previous
+    def at(self, steps: int) -> Position | None:
+        """The position when so many steps are over."""
+        return self.after if steps > self.steps else self.before
 
 
 def _pins() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from random import Random
 from typing import NamedTuple, TypedDict
 
@@ -59,15 +60,16 @@ Dialogues = Mapping[tuple[int, int, int], ParsedDialogue]
 
 
 def pack_refs(rows: Iterable[tuple[int, ...]]) -> bytes:
-    """Tuples of equal length as 32-bit numbers."""
-    return array("i", [number for row in rows for number in row]).tobytes()
+    """Tuples of equal length as 32-bit numbers, column by column, which a file can compress."""
+    return array("i", chain.from_iterable(zip(*rows, strict=True))).tobytes()
 
 
 def unpack_refs(data: bytes, *, width: int) -> list[tuple[int, ...]]:
     """What `pack_refs` was given."""
     numbers = array("i")
     numbers.frombytes(data)
-    return [tuple(numbers[i : i + width]) for i in range(0, len(numbers), width)]
+    height = len(numbers) // width
+    return list(zip(*(numbers[column * height : (column + 1) * height] for column in range(width)), strict=True))
 
 
 def read_refs(
