@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +22,10 @@ _FRAMES_WEIGHT = 0.25
 """How much a ratio of mel frames counts against the same ratio of ids when dialogues of like length are sought."""
 _PACKED_SLACK = 0.01
 """Share of a row that packing leaves empty rather than fill it with a clip of quite another length."""
+
+_FRAME_MULTIPLE = 32
+"""Mel frames of a batch are padded to a multiple of it: convolution kernels that were prepared for a shape are used
+again, which saves a CPU a tenth of the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +116,7 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
             start += len(dialogue.input_ids)
     where = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
     return {
-        "log_mels": _pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins)),
+        "log_mels": _round_up(_pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins))),
         "log_mel_lengths": torch.tensor([len(clip.log_mel) for clip in clips], dtype=torch.long),
         "clip_rows": where[:, 0].contiguous(),
         "clip_starts": where[:, 1].contiguous(),
@@ -119,7 +124,14 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
         "clip_labels": _pad([clip.labels for clip in clips], torch.zeros(0, len(LABEL_SETS), dtype=torch.long)),
         "clip_characters": _pad([clip.characters for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
         "clip_character_lengths": torch.tensor([len(clip.characters) for clip in clips], dtype=torch.long),
+        "clip_transcript_ids": _pad([clip.transcript_ids for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
+        "clip_transcript_lengths": torch.tensor([len(clip.transcript_ids) for clip in clips], dtype=torch.long),
     }
+
+
+def _round_up(log_mels: Tensor) -> Tensor:
+    """[C, F, M] -> [C, F', M], F' the next multiple of `_FRAME_MULTIPLE`."""
+    return F.pad(log_mels, (0, 0, 0, -log_mels.shape[1] % _FRAME_MULTIPLE))
 
 
 def _pad(tensors: list[Tensor], nothing: Tensor) -> Tensor:

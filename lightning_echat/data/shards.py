@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
@@ -16,6 +16,8 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.reference_data import is_reference, list_units
+from lightning_echat.data.reference_formats import read_unit
 
 INDEX_NAME = "index.json"
 _MAX_MEMBER_BYTES = 256 * 2**20
@@ -39,14 +41,15 @@ class StoredDialogue:
     key: str
     shard: str
     ordinal: int
-    members: dict[str, bytes]
+    members: Mapping[str, bytes]
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:
     """Shard paths that the patterns name, in order, each once.
 
     A pattern is a tar file, a glob, a brace pattern (`train-{000..031}.tar`), a text file that lists patterns one a
-    line (relative to itself), or a folder with `index.json`, or of tar files.
+    line (relative to itself), a folder with `index.json`, or of tar files, or a description of the public
+    implementation's data (`*.reference.yaml`).
 
     Raises:
         UserError: A pattern matches nothing.
@@ -63,6 +66,8 @@ def _expand(pattern: str) -> list[str]:
         path = Path(name).expanduser()
         if path.is_dir():
             paths += _folder(path)
+        elif path.is_file() and is_reference(str(path)):
+            paths += list_units(path)
         elif path.is_file():
             paths += [str(path)] if _is_tar(path) else _list_file(path)
         else:
@@ -131,6 +136,11 @@ def read_shard(part: ShardPart, *, start: int = 0, counter: SkipCounter) -> Iter
 
     Reading is sequential, so any file-like source can stand behind it. Costs about 0.4 ms a sample.
     """
+    if is_reference(part.path):
+        for row in read_unit(part.path, counter=counter, tar_members=_named_members):
+            if row.index >= start and row.index % part.parts == part.part:
+                yield StoredDialogue(key=row.key, shard=part.path, ordinal=row.index, members=row.members)
+        return
 
     def duplicate(error: Exception) -> bool:
         counter.notice("duplicate member", shard=part.path, detail=str(error.args[0]))
@@ -191,6 +201,10 @@ def _members(path: str, counter: SkipCounter) -> Iterator[dict[str, Any]]:
             yield from _members_of(file, path, counter)
     except _READ_ERRORS as error:
         counter.notice("damaged shard", shard=path, detail=str(error))
+
+
+def _named_members(path: str, counter: SkipCounter) -> Iterator[tuple[str, bytes]]:
+    return ((member["fname"], member["data"]) for member in _members(path, counter))
 
 
 def _members_of(file: IO[bytes], path: str, counter: SkipCounter) -> Iterator[dict[str, Any]]:
