@@ -97,7 +97,9 @@ class SpokenDialogueDataModule(LightningDataModule):
     def epochs(self) -> dict[str, float]:
         """How often this rank has been through each source."""
         position = self._trained.at(self._steps)
-        return self.train_loader.stream.epochs(position) if self.train_loader and position else {}
+        if self.train_loader is None or position is None:
+            return {}
+        return self.train_loader.stream.epochs(position)
 
     def setup(self, stage: str) -> None:
         """Forget an earlier training; Lightning calls this before it restores a checkpoint."""
