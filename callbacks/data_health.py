@@ -39,9 +39,10 @@ class DataHealth(Callback):
 
     Logs `data/read`, `data/kept`, `data/skipped/<reason>`, `data/noticed/<reason>`, `data/drawn/<source>/<task>` and
     `data/drawn_ids/<source>/<task>`, each a total since the run began; `data/drawn_share/<source>/<task>` beside
-    `data/asked_share/<source>/<task>`, and `data/epochs/<source>` on rank 0. It writes `data_health.json` into the run's folder when training ends or fails:
-    `samples`, `kept`, `skipped`, `noticed`, `drawn`, `drawn_share`, `asked_share`, `epochs`, `padding_share` of all `positions`, `batches`, and `complete`,
-    false after a failure, when other ranks can no longer be asked for what they read since the last exchange.
+    `data/asked_share/<source>/<task>`; and `data/epochs/<source>` of rank 0. Writes `data_health.json` into the run's
+    folder when training ends or fails: `samples`, `kept`, `skipped`, `noticed`, `drawn`, `drawn_share`, `asked_share`,
+    `epochs`, `padding_share` of all `positions`, `batches`, and `complete`, false after a failure, when other ranks can
+    no longer be asked for what they read since the last exchange.
 
     Args:
         every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.
