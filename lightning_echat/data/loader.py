@@ -38,6 +38,8 @@ class _WorkerLoader(DataLoader[PackedBatch]):
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
             worker_init_fn=_single_thread,
+            # A fork has imported everything, and ends when its trainer is killed; a fork server's children do not.
+            multiprocessing_context="fork" if num_workers else None,
         )
         self.health = SkipCounter()
 

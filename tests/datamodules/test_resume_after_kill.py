@@ -39,7 +39,7 @@ class Note(Callback):
         line = [batch_idx, [reference.key for reference in batch.references], float(outputs["loss"]).hex()]
         with self.file.with_suffix(f".{trainer.global_rank}").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        if trainer.global_step == self.kill_after and trainer.global_rank == 1:
+        if 0 < self.kill_after == trainer.global_step and trainer.global_rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
