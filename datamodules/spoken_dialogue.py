@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.dialogue_stream import DialogueLoader, ReadingConfig, TrainingStream, ValidationStream
 from lightning_echat.data.mixture import SourceConfig, check_sources
+from lightning_echat.data.shards import below
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
 
@@ -42,7 +42,7 @@ class SpokenDialogueDataModule(LightningDataModule):
 
         Args:
             tokens: What data and model agree on; linked from the model.
-            root: Folder that relative patterns of shards start from.
+            root: Folder or URL that relative patterns of shards start from.
             train: Sources of the training mixture.
             validation: Name -> set, each with exactly one task; every dialogue is seen exactly once.
             batching: Sizes of batches.
@@ -128,5 +128,5 @@ class SpokenDialogueDataModule(LightningDataModule):
 
 
 def _below(root: str, source: SourceConfig) -> SourceConfig:
-    """The source with its relative patterns below `root`; absolute ones stay."""
-    return replace(source, shards=[str(Path(root) / pattern) for pattern in source.shards])
+    """The source with its relative patterns below `root`; absolute ones and URLs stay."""
+    return replace(source, shards=[below(root, pattern) for pattern in source.shards])

@@ -16,9 +16,11 @@ from rich.progress import Progress
 
 from lightning_echat.contracts import DialogueSample, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, decode_dialogue
+from lightning_echat.data.files import write_atomically
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import StoredDialogue
-from lightning_echat.data.writers import SCHEMA, AudioFormat, ShardWriter, write_atomically
+from lightning_echat.data.shard_index import FOLDER_INDEX, INDEX_SUFFIX, SCHEMA
+from lightning_echat.data.tar_samples import StoredSample
+from lightning_echat.data.writers import AudioFormat, ShardWriter
 
 _SKIPPED_ROWS = "skipped.jsonl"
 _SHOWN = 10
@@ -95,7 +97,7 @@ def read_row(line: str, *, number: int, manifest: Path, max_seconds: float, take
         raise SampleRejected("duplicate key", repr(key))
     sidecar, members = _embed_audio(row, folder=manifest.parent)
     members[SIDECAR] = json.dumps(sidecar).encode()
-    stored = StoredDialogue(key=key, shard=manifest.name, index=number, members=members)
+    stored = StoredSample(key=key, shard=manifest.name, ordinal=number, members=members)
     return decode_dialogue(stored, max_seconds=max_seconds)
 
 
@@ -132,7 +134,7 @@ def _write(writer: ShardWriter, sample: DialogueSample) -> None:
 
 def _clear(out: Path, *, overwrite: bool) -> None:
     """Make sure that shards of two runs never stand side by side."""
-    present = [*out.glob("*.tar"), *out.glob("index.json")] if out.is_dir() else []
+    present = [*out.glob("*.tar"), *out.glob(f"*{INDEX_SUFFIX}"), *out.glob(FOLDER_INDEX)] if out.is_dir() else []
     if present and not overwrite:
         raise UserError(f"{out} holds {present[0].name} already: choose another folder or pass --overwrite true")
     if out.exists() and not out.is_dir():
@@ -159,7 +161,7 @@ def _reasons(counter: SkipCounter) -> str:
 def _report(out: Path, *, counter: SkipCounter, skipped: list[dict[str, Any]]) -> None:
     """Say what was packed and what was not, and why; the whole list goes to a file."""
     console = Console()
-    index = json.loads((out / "index.json").read_text())
+    index = json.loads((out / FOLDER_INDEX).read_text())
     line = f"{out}: {index['samples']} dialogues, {index['seconds'] / 3600:.2f} h in {len(index['shards'])} shards"
     console.print(f"{line}; {len(skipped)} skipped" + (f": {_reasons(counter)}" if skipped else ""), soft_wrap=True)
     for row in skipped[:_SHOWN]:

@@ -29,14 +29,15 @@ from torch import Tensor
 
 from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, ParsedDialogue, decode_waveform, parse_dialogue
+from lightning_echat.data.files import TEMPORARY_SUFFIX, write_json
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import ShardPart, StoredDialogue, expand_shards, read_shard
-from lightning_echat.data.writers import TEMPORARY_SUFFIX, write_index, write_json
+from lightning_echat.data.shard_index import FOLDER_INDEX, write_index
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.nn.token2wav.interface import SpeechTokenizer, load_speech_tokenizer, read_config
 from lightning_echat.nn.token2wav.kmeans import CONFIG_NAME, fit_kmeans, log_mel_blocks
 
 _MANIFEST = "tokenization.json"
-_INDEX = "index.json"
 _MAX_DIFFERENCE = 0.08
 """Seconds by which codes and audio may differ: two codes."""
 _MAX_SECONDS = 60.0
@@ -327,7 +328,7 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def add_codes(stored: StoredDialogue, *, tokenizer: SpeechTokenizer, record: ShardRecord) -> None:
+def add_codes(stored: StoredSample, *, tokenizer: SpeechTokenizer, record: ShardRecord) -> None:
     """Put codes into the sidecar of a dialogue, in place; every assistant turn is either tokenized or counted.
 
     Codes that an assistant turn had before are of another tokenizer and are dropped when it gets no new ones.
@@ -377,7 +378,7 @@ def _turn_codes(parsed: ParsedDialogue, index: int, *, tokenizer: SpeechTokenize
 def _finish(out: Path, *, names: list[Path], records: dict[str, Any]) -> None:
     """An index per folder where it is missing or out of date, then one line on what there is and what was skipped."""
     for folder in sorted({(out / name).parent for name in names}):
-        index, shards = folder / _INDEX, list(folder.glob("*.tar"))
+        index, shards = folder / FOLDER_INDEX, list(folder.glob("*.tar"))
         if not index.exists() or any(shard.stat().st_mtime_ns > index.stat().st_mtime_ns for shard in shards):
             write_index(folder)
     used = [records[name.as_posix()] for name in names]

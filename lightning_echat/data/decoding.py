@@ -18,8 +18,8 @@ from torchaudio.transforms import Resample
 from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, SampleRejected, Turn
 from lightning_echat.data.log_mel import WINDOW
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import StoredDialogue
-from lightning_echat.data.writers import SCHEMA
+from lightning_echat.data.shard_index import SCHEMA
+from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.tokens.dialogue_template import expand_history
 from lightning_echat.tokens.paralinguistics import LABEL_SETS, REPLY_EMOTIONS
 
@@ -104,7 +104,7 @@ def _resampler(rate: int) -> Resample:
     return Resample(rate, SAMPLE_RATE)
 
 
-def decode_dialogue(stored: StoredDialogue, *, max_seconds: float = 60.0) -> DialogueSample:
+def decode_dialogue(stored: StoredSample, *, max_seconds: float = 60.0) -> DialogueSample:
     """The whole dialogue with the audio of every turn. `SampleRejected` where anything is wrong."""
     parsed = parse_dialogue(stored)
     return with_audio(parsed, turns=range(len(parsed.sample.turns)), max_seconds=max_seconds)
@@ -125,7 +125,7 @@ def with_audio(
     return replace(parsed.sample, turns=decoded)
 
 
-def parse_dialogue(stored: StoredDialogue, *, source: str = "") -> ParsedDialogue:
+def parse_dialogue(stored: StoredSample, *, source: str = "") -> ParsedDialogue:
     """Read and check the sidecar (docs/data_format.md); costs about 0.05 ms.
 
     Raises:
@@ -155,7 +155,7 @@ def parse_dialogue(stored: StoredDialogue, *, source: str = "") -> ParsedDialogu
     return ParsedDialogue(sample=sample, audio=audio, seconds=seconds)
 
 
-def _sidecar(stored: StoredDialogue) -> dict[str, Any]:
+def _sidecar(stored: StoredSample) -> dict[str, Any]:
     # A key is only ever a name in reports, and is never joined to a path; still nothing good holds these.
     if "/" in stored.key or "\\" in stored.key or not stored.key.isprintable():
         raise SampleRejected("bad key", "keys hold no slash and only printable characters")

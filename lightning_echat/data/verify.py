@@ -13,7 +13,9 @@ from rich.table import Table
 from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, ParsedDialogue, parse_dialogue, with_audio
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import INDEX_NAME, ShardPart, StoredDialogue, expand_shards, read_shard
+from lightning_echat.data.shard_index import FOLDER_INDEX
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 _SECONDS_TOLERANCE = 0.05
@@ -100,7 +102,7 @@ def check_shards(paths: list[str], *, max_seconds: float = 30.0) -> ShardReport:
 def check_indices(paths: list[str], report: ShardReport) -> None:
     """Compare each folder's index, where there is one, with the sizes of the shards read."""
     for folder in dict.fromkeys(Path(path).parent for path in paths):
-        index = folder / INDEX_NAME
+        index = folder / FOLDER_INDEX
         if not index.is_file():
             continue
         try:
@@ -113,7 +115,7 @@ def check_indices(paths: list[str], report: ShardReport) -> None:
                 report.counter.notice("index out of date", shard=str(path), detail="size differs or entry is missing")
 
 
-def _check_dialogue(stored: StoredDialogue, report: ShardReport, *, max_seconds: float) -> None:
+def _check_dialogue(stored: StoredSample, report: ShardReport, *, max_seconds: float) -> None:
     try:
         parsed = parse_dialogue(stored)
         everything = range(len(parsed.sample.turns))
@@ -134,7 +136,7 @@ def _check_dialogue(stored: StoredDialogue, report: ShardReport, *, max_seconds:
                 report.labels[name][label] += 1
 
 
-def _check_members(stored: StoredDialogue, parsed: ParsedDialogue, report: ShardReport) -> None:
+def _check_members(stored: StoredSample, parsed: ParsedDialogue, report: ShardReport) -> None:
     used = sum(data is not None for data in parsed.audio) + 1
     if len(stored.members) > used:
         names = sorted(name for name in stored.members if name != SIDECAR)

@@ -106,7 +106,7 @@ def many(count: int) -> dict[str, bytes]:
 def test_members_of_a_key_come_together(tmp_path):
     dialogues, counter = read(write_tar(tmp_path / "a.tar", many(3)))
     assert [dialogue.key for dialogue in dialogues] == ["k0", "k1", "k2"]
-    assert [dialogue.index for dialogue in dialogues] == [0, 1, 2]
+    assert [dialogue.ordinal for dialogue in dialogues] == [0, 1, 2]
     assert all(set(dialogue.members) == {"json", "0.wav"} for dialogue in dialogues)
     assert not counter.counts
 
@@ -161,7 +161,7 @@ def test_what_is_no_tar_is_counted(tmp_path, content):
 
 
 def test_a_shard_that_vanished_is_counted(tmp_path):
-    assert read(tmp_path / "gone.tar")[1].noticed == {"damaged shard": 1}
+    assert read(tmp_path / "gone.tar")[1].noticed == {"missing shard": 1}
 
 
 def test_a_duplicate_member_is_counted_and_the_first_stays(tmp_path):
