@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 
-from lightning_echat.contracts import UserError
+from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
+from lightning_echat.data.clip_features import make_log_mels
 from lightning_echat.data.dialogue_stream import DialogueLoader, ReadingConfig, TrainingStream, ValidationStream
+from lightning_echat.data.log_mel import LogMel
 from lightning_echat.data.mixture import SourceConfig, check_sources
+from lightning_echat.data.remote import ShardAccess
 from lightning_echat.data.shards import below
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
@@ -37,6 +40,8 @@ class SpokenDialogueDataModule(LightningDataModule):
         expand_history: bool = True,
         max_skip_share: float = 0.05,
         max_seconds: float = 30.0,
+        mels_on_device: bool = False,
+        access: ShardAccess | None = None,
     ) -> None:
         """Take the settings; shards are looked up when the loaders are made.
 
@@ -52,6 +57,8 @@ class SpokenDialogueDataModule(LightningDataModule):
             expand_history: Each exchange of a longer dialogue is a sample of its own.
             max_skip_share: Share of unusable samples past which the run stops.
             max_seconds: Longest clip.
+            mels_on_device: Workers hand over waveforms, and log-mels are made of whole batches on the accelerator.
+            access: How shards behind a URL are reached, and where they are cached.
         """
         super().__init__()
         self.tokens = tokens
@@ -64,6 +71,9 @@ class SpokenDialogueDataModule(LightningDataModule):
         self.expand_history = expand_history
         self.max_skip_share = max_skip_share
         self.max_seconds = max_seconds
+        self.mels_on_device = mels_on_device
+        self.access = access or ShardAccess()
+        self._log_mel = LogMel(mel_bins=tokens.mel_bins)
         self.resume_step = 0
         self.train_loader: DialogueLoader | None = None
         self.validation_loaders: dict[str, DialogueLoader] = {}
@@ -98,6 +108,10 @@ class SpokenDialogueDataModule(LightningDataModule):
         """The validation sets, to be answered."""
         return self._needed(self.val_dataloader())
 
+    def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """Make the log-mels of a batch that carries waveforms, on the device that it is on by now."""
+        return make_log_mels(batch, self._log_mel.to(batch.input_ids.device))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, so that going on does not repeat the order it began with."""
         return {"resume_step": self.trainer.global_step if self.trainer else self.resume_step}
@@ -121,6 +135,8 @@ class SpokenDialogueDataModule(LightningDataModule):
             expand_history=self.expand_history,
             max_skip_share=self.max_skip_share,
             max_seconds=self.max_seconds,
+            mels_on_device=self.mels_on_device,
+            access=self.access,
         )
 
     def _loader(self, stream: TrainingStream | ValidationStream) -> DialogueLoader:

@@ -83,10 +83,12 @@ class AudioClip:
     """A clip of input speech and the placeholder ids that it fills: ids[start : start + length].
 
     Attributes:
-        log_mel: [F, M] float32.
+        log_mel: [F, M] float32; [F, 0] where frames are made on the accelerator.
         start, length: The placeholder span inside the dialogue's ids.
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
+        waveform: [samples] int32, the bits of what `data.log_mel.extend` gives; only where mels are left to the device.
+        alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
 
     log_mel: Tensor
@@ -94,6 +96,8 @@ class AudioClip:
     length: int
     labels: Tensor
     characters: Tensor
+    waveform: Tensor | None = None
+    alterations: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,13 +162,15 @@ class PackedBatch:
         speech_scored: [R, T] bool, the softmax that scores the position (see `TokenizedDialogue`).
         position_ids: [R, T] int64, from 0 again at each dialogue.
         document_ids: [R, T] int64, 1, 2, … for the dialogues of a row and 0 on padding. A dialogue sees itself only.
-        log_mels: [C, F, M] float32, zero-padded at the end.
+        log_mels: [C, F, M] float32, zero-padded at the end; [C, F, 0] until `waveforms` have become mels.
         log_mel_lengths: [C] int64, valid frames.
         clip_rows, clip_starts, clip_lengths: [C] int64, the placeholder span that each clip fills.
         clip_labels: [C, L] int64 class index per label set or IGNORE_INDEX.
         clip_characters: [C, characters] int64 CTC targets, zero-padded.
         clip_character_lengths: [C] int64.
         references: One per dialogue, in row and then reading order.
+        waveforms: [C, S] int32, the clips' samples where mels are made on the accelerator; None once they are made.
+        alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
         health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
             "noticed/<reason>" and "drawn/<source>/<task>". Sums over batches are totals of the run.
     """
@@ -183,6 +189,8 @@ class PackedBatch:
     clip_characters: Tensor
     clip_character_lengths: Tensor
     references: list[DialogueReference]
+    waveforms: Tensor | None = None
+    alterations: Tensor | None = None
     health: dict[str, int] = field(default_factory=dict)
 
     def pin_memory(self) -> PackedBatch:

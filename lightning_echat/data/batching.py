@@ -93,7 +93,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     return batch
 
 
-def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
+def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor | None]:
     """Everything of a batch that has one entry a clip."""
     clips: list[AudioClip] = []
     places: list[tuple[int, int, int]] = []
@@ -106,6 +106,8 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
     where = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
     return {
         "log_mels": _pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins)),
+        "waveforms": _pad_those_given([clip.waveform for clip in clips]),
+        "alterations": _pad_those_given([clip.alterations for clip in clips]),
         "log_mel_lengths": torch.tensor([len(clip.log_mel) for clip in clips], dtype=torch.long),
         "clip_rows": where[:, 0].contiguous(),
         "clip_starts": where[:, 1].contiguous(),
@@ -114,6 +116,14 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
         "clip_characters": _pad([clip.characters for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
         "clip_character_lengths": torch.tensor([len(clip.characters) for clip in clips], dtype=torch.long),
     }
+
+
+def _pad_those_given(tensors: list[Tensor | None]) -> Tensor | None:
+    """Padded like the others, zeros where a clip has none; None where no clip has any."""
+    some = next((tensor for tensor in tensors if tensor is not None), None)
+    if some is None:
+        return None
+    return pad_sequence([some[:0] if tensor is None else tensor for tensor in tensors], batch_first=True)
 
 
 def _pad(tensors: list[Tensor], nothing: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ batches on each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_echat.contracts import DialogueSample, PackedBatch, SampleRejected, TokenizedDialogue, UserError
-from lightning_echat.data.augmentation import AugmentationConfig, augment
+from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig, batch_rows, collate, pack_rows
+from lightning_echat.data.clip_features import ClipFeatures
 from lightning_echat.data.decoding import ParsedDialogue, parse_dialogue, with_audio
-from lightning_echat.data.log_mel import LogMel
 from lightning_echat.data.mixture import Mixture, SourceConfig, draw_task
 from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.remote import LOCAL, ShardAccess
 from lightning_echat.data.shards import ShardPart, expand_shards, read_shard, training_parts
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.tasks import DialogueTask
@@ -45,6 +46,8 @@ class ReadingConfig:
         expand_history: Each exchange of a longer dialogue is a sample of its own, with what precedes as history.
         max_skip_share: Share of skipped samples past which a run stops.
         max_seconds: Longest clip; longer ones are skipped and counted.
+        mels_on_device: Batches carry waveforms, to be made mels by `clip_features.make_log_mels`.
+        access: How shards behind a URL are reached.
     """
 
     tokens: TokensConfig
@@ -55,6 +58,8 @@ class ReadingConfig:
     expand_history: bool = True
     max_skip_share: float = 0.05
     max_seconds: float = 30.0
+    mels_on_device: bool = False
+    access: ShardAccess = LOCAL
 
 
 class DialogueReader:
@@ -63,15 +68,16 @@ class DialogueReader:
     def __init__(self, config: ReadingConfig, *, augmentation: AugmentationConfig | None = None) -> None:
         self.config = config
         self.counter = SkipCounter()
-        self._augmentation = augmentation
         self.tokenizer = DialogueTokenizer.from_config(config.tokens)
         self.padding = self.tokenizer.vocabulary.padding
-        self._log_mel = LogMel(mel_bins=config.tokens.mel_bins)
+        self._features = ClipFeatures(
+            mel_bins=config.tokens.mel_bins, on_device=config.mels_on_device, augmentation=augmentation
+        )
 
     def parse(self, part: ShardPart, *, source: str, counter: SkipCounter | None = None) -> Iterator[ParsedDialogue]:
         """The dialogues of a shard, history expanded, audio still encoded; unusable ones are counted in `counter`."""
         counter = self.counter if counter is None else counter
-        for stored in read_shard(part, counter=counter):
+        for stored in read_shard(part, counter=counter, access=self.config.access):
             try:
                 parsed = parse_dialogue(stored, source=source)
             except SampleRejected as error:
@@ -93,6 +99,7 @@ class DialogueReader:
             sample = self.with_mels(parsed, task, random=random)
             choice = random.randrange(2**16) if random else 0
             dialogue = self.tokenizer.tokenize(sample, task, choice=choice)
+            self._features.complete(dialogue, sample, heard_turns(sample, task), random=random)
             if len(dialogue.input_ids) > self.config.batching.max_ids:
                 raise SampleRejected("longer than max_ids", f"{len(dialogue.input_ids)} ids")
         except SampleRejected as error:
@@ -109,16 +116,7 @@ class DialogueReader:
         """
         heard = heard_turns(parsed.sample, task)
         sample = with_audio(parsed, turns=heard, max_seconds=self.config.max_seconds, counter=self.counter)
-        for index in heard:
-            turn = sample.turns[index]
-            if turn.audio is None:
-                continue
-            log_mel = self._log_mel(turn.audio)
-            # As in the reference, history is left as it is.
-            if random and self._augmentation and index == heard[-1]:
-                log_mel = augment(log_mel, config=self._augmentation, random=random)
-            sample.turns[index] = replace(turn, log_mel=log_mel)
-        return sample
+        return self._features.with_mels(sample, heard, random=random)
 
     def _skip(self, error: SampleRejected, counter: SkipCounter, *, shard: str, key: str) -> None:
         counter.reject(error, shard=shard, key=key)
@@ -202,7 +200,7 @@ class TrainingStream(_Stream):
     ) -> None:
         super().__init__(config)
         self.sources = list(sources)
-        self.shards = [expand_shards(source.shards) for source in sources]
+        self.shards = [expand_shards(source.shards, access=config.access) for source in sources]
         self.augmentation = augmentation
         self.resume_step = resume_step
 
@@ -291,7 +289,7 @@ class ValidationStream(_Stream):
         self.source = source
         self.name = name
         self.task = source.tasks[0].task
-        self.shards = expand_shards(source.shards)
+        self.shards = expand_shards(source.shards, access=config.access)
 
     def batches(self, reader: DialogueReader, *, worker: int, workers: int) -> Iterator[PackedBatch]:
         """What one worker of this rank contributes."""
