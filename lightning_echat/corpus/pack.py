@@ -18,8 +18,8 @@ from lightning_echat.contracts import DialogueSample, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, decode_dialogue
 from lightning_echat.data.files import write_atomically
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shard_index import FOLDER_INDEX, INDEX_SUFFIX, SCHEMA
-from lightning_echat.data.tar_samples import StoredSample
+from lightning_echat.data.shard_index import FOLDER_INDEX, INDEX_SUFFIX
+from lightning_echat.data.tar_samples import SCHEMA, StoredSample
 from lightning_echat.data.writers import AudioFormat, ShardWriter
 
 _SKIPPED_ROWS = "skipped.jsonl"

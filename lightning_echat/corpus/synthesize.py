@@ -21,9 +21,10 @@ from lightning_echat import __version__
 from lightning_echat.contracts import UserError
 from lightning_echat.corpus.dialogues import Split, write_script
 from lightning_echat.corpus.espeak import Espeak
-from lightning_echat.corpus.shard_jobs import ShardJob, count_cores, run_jobs
+from lightning_echat.corpus.shard_jobs import ShardJob, make_shards
 from lightning_echat.corpus.word_tokenizer import fit_tokenizer
 from lightning_echat.data.files import TEMPORARY_SUFFIX, write_atomically, write_json
+from lightning_echat.data.process_pool import count_cores
 from lightning_echat.data.shard_index import FOLDER_INDEX, write_index
 from lightning_echat.data.writers import (
     AudioFormat,
@@ -109,7 +110,7 @@ def synthesize(
     }
     _claim_folder(out, parameters=parameters, overwrite=overwrite)
     jobs = list(_jobs(out, splits, seed=seed, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard))
-    run_jobs([job for job in jobs if not job.path.exists()], workers=workers)
+    make_shards([job for job in jobs if not job.path.exists()], workers=workers)
     _finish(out, splits, seed=seed)
 
 

@@ -68,6 +68,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     """
     width = max((sum(len(d.input_ids) for d in row) for row in rows), default=1)
     height = max(len(rows), 1)
+    clips = [clip for row in rows for dialogue in row for clip in dialogue.clips]
     batch = PackedBatch(
         input_ids=torch.full((height, width), padding),
         labels=torch.full((height, width), IGNORE_INDEX),
@@ -75,6 +76,8 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
         position_ids=torch.zeros(height, width, dtype=torch.long),
         document_ids=torch.zeros(height, width, dtype=torch.long),
         references=[],
+        waveforms=_pad_those_given([clip.waveform for clip in clips]),
+        alterations=_pad_those_given([clip.alterations for clip in clips]),
         health={},
         **_clip_fields(rows, mel_bins),
     )
@@ -93,7 +96,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     return batch
 
 
-def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor | None]:
+def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
     """Everything of a batch that has one entry a clip."""
     clips: list[AudioClip] = []
     places: list[tuple[int, int, int]] = []
@@ -106,8 +109,6 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor | None]
     where = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
     return {
         "log_mels": _pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins)),
-        "waveforms": _pad_those_given([clip.waveform for clip in clips]),
-        "alterations": _pad_those_given([clip.alterations for clip in clips]),
         "log_mel_lengths": torch.tensor([len(clip.log_mel) for clip in clips], dtype=torch.long),
         "clip_rows": where[:, 0].contiguous(),
         "clip_starts": where[:, 1].contiguous(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, isfinite
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import soundfile
@@ -21,8 +21,7 @@ from torchaudio.transforms import Resample
 from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, SampleRejected, Turn
 from lightning_echat.data.log_mel import WINDOW
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shard_index import SCHEMA
-from lightning_echat.data.tar_samples import StoredSample
+from lightning_echat.data.tar_samples import SCHEMA, StoredSample
 from lightning_echat.tokens.dialogue_template import expand_history
 from lightning_echat.tokens.paralinguistics import LABEL_SETS, REPLY_EMOTIONS
 
@@ -108,7 +107,7 @@ def _read_audio(data: bytes, max_seconds: float) -> tuple[int, NDArray[np.float3
                 raise SampleRejected("audio too long", f"{file.frames / rate:.1f} s, at most {max_seconds:g} s")
             if file.frames * file.channels > _MAX_VALUES:
                 raise SampleRejected("audio too large", f"{file.channels} channels of {file.frames} samples")
-            samples = file.read(dtype="float32", always_2d=True)
+            samples = cast(NDArray[np.float32], file.read(dtype="float32", always_2d=True))
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError, MemoryError) as error:
         raise SampleRejected("unreadable audio", str(error)) from error
     return rate, samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)

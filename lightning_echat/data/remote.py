@@ -19,6 +19,8 @@ import urllib3
 from lightning_echat.contracts import UserError
 from lightning_echat.data.read_errors import SkipCounter
 
+READ_AGAIN = "read again"
+"""What a failure is counted as that was overcome."""
 _LONGEST_WAIT = 60.0
 _BUFFER = 2**20
 _GONE = (401, 403, 404, 410)
@@ -135,7 +137,7 @@ class ResumingFile(io.RawIOBase):
     Args:
         name: What reports call it.
         connect: Opens a connection that yields bytes from a position on.
-        counter: Counts failures that were overcome, as "read again".
+        counter: Counts failures that were overcome, as `READ_AGAIN`.
         access: How patient to be.
     """
 
@@ -213,7 +215,7 @@ class ResumingFile(io.RawIOBase):
                         f"{self._name}: no answer after {attempt} attempts ({reason}); "
                         "run again when the server is back, or raise access.attempts"
                     ) from error
-                self._counter.notice("read again", shard=self._name, detail=f"at byte {self._position}: {reason}")
+                self._counter.notice(READ_AGAIN, shard=self._name, detail=f"at byte {self._position}: {reason}")
                 time.sleep(min(self._access.backoff * 2 ** (attempt - 1), _LONGEST_WAIT))
 
     def _connected(self) -> Connection:

@@ -72,6 +72,9 @@ def _download(remote: ResumingFile, copy: Path, *, size: int, limit: int) -> Non
             shutil.copyfileobj(source, file, 2**20)
         source.detach()
         partial.replace(copy)
+        # What was in the making made no room for others; now that it is whole the oldest goes.
+        with _lock(copy.parent, "all"):
+            _make_room(copy.parent, 0, limit)
     finally:
         partial.unlink(missing_ok=True)
 

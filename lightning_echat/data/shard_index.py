@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lightning_echat.contracts import UserError
+from lightning_echat.contracts import SampleRejected, UserError
+from lightning_echat.data.decoding import ParsedDialogue, parse_dialogue
 from lightning_echat.data.files import write_atomically, write_json
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.remote import LOCAL, ShardAccess, is_url, read_url
-from lightning_echat.data.tar_samples import StoredSample, samples_in
+from lightning_echat.data.tar_samples import SCHEMA, StoredSample, samples_in
 
-SCHEMA = 1
-"""Version of the sidecar in a sample and of both indices."""
 FOLDER_INDEX = "index.json"
 INDEX_SUFFIX = ".index.json"
 _STALE = "index out of date"
@@ -82,32 +81,33 @@ def index_path(shard: str) -> str:
     return f"{name}{INDEX_SUFFIX}{query}{rest}"
 
 
-def describe_sample(stored: StoredSample, *, sidecar: Mapping[str, Any] | None, defect: str = "") -> SampleEntry:
+def describe_sample(
+    stored: StoredSample, parsed: ParsedDialogue | None, *, seconds: Sequence[float | None] = (), defect: str = ""
+) -> SampleEntry:
     """The entry of a sample.
 
     Args:
         stored: As read from the tar.
-        sidecar: Its parsed JSON; None where it cannot be trusted, and then only the place is known.
+        parsed: Its content, None where it cannot be read.
+        seconds: Audio of each turn.
         defect: Why it cannot be used, if so.
-
-    Raises:
-        KeyError, TypeError, AttributeError, ValueError: The sidecar is not one.
     """
-    turns = sidecar["turns"] if sidecar is not None else []
+    turns = parsed.sample.turns if parsed is not None else []
     labels: dict[str, list[str]] = {}
-    seconds: Counter[str] = Counter()
+    by_role: dict[str, float] = defaultdict(float)
+    for turn, length in zip(turns, seconds, strict=False):
+        by_role[turn.role] += length or 0.0
     for turn in turns:
-        seconds[turn["role"]] += turn.get("seconds") or 0.0
-        for name, label in (turn.get("labels") or {}).items() if turn["role"] == "user" else ():
+        for name, label in turn.labels.items() if turn.role == "user" else ():
             labels.setdefault(name, []).append(label)
     return SampleEntry(
         key=stored.key,
         offset=stored.offset,
         size=stored.size,
         sha256=content_hash(stored),
-        seconds={role: round(value, 4) for role, value in sorted(seconds.items()) if value},
-        characters=sum(len(turn.get("text") or "") for turn in turns),
-        codes=sum(len(turn.get("codes") or ()) for turn in turns),
+        seconds={role: round(total, 4) for role, total in sorted(by_role.items()) if total},
+        characters=sum(len(turn.text) for turn in turns),
+        codes=sum(len(turn.speech_codes) for turn in turns if turn.speech_codes is not None),
         labels=dict(sorted(labels.items())),
         defect=defect,
     )
@@ -129,16 +129,19 @@ def index_shard(path: Path) -> ShardIndex:
         UserError: It is no shard of dialogues, or is damaged.
     """
     counter = SkipCounter()
-    samples: list[SampleEntry] = []
-    try:
-        with path.open("rb") as file:
-            for stored in samples_in(file, shard=str(path), counter=counter):
-                samples.append(describe_sample(stored, sidecar=json.loads(stored.members["json"])))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a shard of dialogues: {error!r}") from error
+    with path.open("rb") as file:
+        samples = [_describe(stored) for stored in samples_in(file, shard=str(path), counter=counter)]
     if not samples or "damaged shard" in counter.noticed:
         raise UserError(f"{path} is not a shard of dialogues: {counter.summary()}")
     return ShardIndex(file=path.name, bytes=path.stat().st_size, sha256=file_hash(path), samples=samples)
+
+
+def _describe(stored: StoredSample) -> SampleEntry:
+    try:
+        parsed = parse_dialogue(stored)
+    except SampleRejected as error:
+        return describe_sample(stored, None, defect=error.reason)
+    return describe_sample(stored, parsed, seconds=parsed.seconds)
 
 
 def file_hash(path: Path) -> str:
@@ -213,14 +216,8 @@ def _remote_index(url: str, access: ShardAccess) -> ShardIndex:
     return parse_shard_index(read_url(url, counter=SkipCounter(), access=access))
 
 
-def write_index(folder: Path, *, describe: Callable[[Path], ShardIndex] = index_shard) -> dict[str, Any]:
+def write_index(folder: Path) -> dict[str, Any]:
     """Write the index of every shard of a folder, and `index.json` with their sums; returns the latter.
-
-    Labels are counted over user turns: what there is to hear.
-
-    Args:
-        folder: Where the shards are.
-        describe: Gives a shard's index.
 
     Raises:
         UserError: The folder holds no shard, or one that cannot be read.
@@ -228,17 +225,20 @@ def write_index(folder: Path, *, describe: Callable[[Path], ShardIndex] = index_
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no shard (*.tar)")
-    indices = []
-    for path in paths:
-        indices.append(describe(path))
-        write_shard_index(indices[-1], path=Path(index_path(str(path))))
+    return write_indices(folder, [index_shard(path) for path in paths])
+
+
+def write_indices(folder: Path, indices: Sequence[ShardIndex]) -> dict[str, Any]:
+    """Write the given indices of all shards of a folder, and `index.json` with their sums; returns the latter."""
+    for index in indices:
+        write_shard_index(index, path=folder / (index.file + INDEX_SUFFIX))
     content = sum_up(indices)
     write_json(folder / FOLDER_INDEX, content=content)
     return content
 
 
 def sum_up(indices: Iterable[ShardIndex]) -> dict[str, Any]:
-    """The content of a folder's `index.json`."""
+    """The content of a folder's `index.json`. Labels are counted over user turns: what there is to hear."""
     labels: dict[str, Counter[str]] = {}
     shards: list[dict[str, Any]] = []
     for index in indices:

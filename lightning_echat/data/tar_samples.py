@@ -14,19 +14,22 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 from webdataset.tariterators import base_plus_ext
 
 from lightning_echat.data.read_errors import SkipCounter
 
+SCHEMA = 1
+"""Version of the JSON in a sample, and of the indices beside shards."""
 MAX_MEMBER_BYTES = 256 * 2**20
 """A larger member is no utterance, and would be held in memory as a whole."""
 READ_ERRORS = (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError, ValueError, OverflowError)
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAX_NAME_BYTES = 2**16
-_COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+_COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZ": bz2.BZ2File,
     b"\xfd7": lzma.LZMAFile,
@@ -102,6 +105,12 @@ def samples_in(
         counter.notice("damaged shard", shard=shard, detail=str(error))
     if current is not None:
         yield current
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a shard must be unpacked to be read, so that nobody can seek in it."""
+    with path.open("rb") as file:
+        return file.read(2) in _COMPRESSIONS
 
 
 def _decompressed(file: IO[bytes]) -> IO[bytes]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, Turn, UserError
 from lightning_echat.data.files import TEMPORARY_SUFFIX
-from lightning_echat.data.shard_index import SCHEMA, write_index
+from lightning_echat.data.shard_index import write_index
+from lightning_echat.data.tar_samples import SCHEMA
 from lightning_echat.tokens.paralinguistics import REPLY_EMOTIONS, check_label
 
 AudioFormat = Literal["wav", "flac"]
@@ -142,18 +143,19 @@ class ShardFile:
             for turn, name in zip(sample.turns, names, strict=True)
             if turn.audio is not None
         }
-        self._add(f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
+        add_member(self._tar, f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
         for name, content in clips.items():
-            self._add(f"{sample.key}.{name}", content)
+            add_member(self._tar, f"{sample.key}.{name}", content)
         self._keys.add(sample.key)
         self.samples += 1
 
-    def _add(self, name: str, content: bytes) -> None:
-        """Append a member that says nothing about time, user or machine."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        member.mode = 0o644
-        self._tar.addfile(member, io.BytesIO(content))
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a member that says nothing about time, user or machine."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
 
 
 class ShardWriter:
