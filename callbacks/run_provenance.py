@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import lightning_echat
 from callbacks.run_files import write_run_file
+from lightning_echat.data.reference_data import files_of_unit
 from lightning_echat.data.shards import expand_shards
 from lightning_echat.evaluation.machine import machine_facts, package_versions
 
@@ -64,7 +65,8 @@ def git_state(file: Path) -> dict[str, Any] | None:
 
 def shard_list_hash(shards: Iterable[str]) -> str:
     """A hash of names and sizes in order: other data or another order gives another hash, another folder does not."""
-    lines = [f"{Path(shard).name} {Path(shard).stat().st_size}\n" for shard in shards]
+    files = [file for shard in shards for file in files_of_unit(shard)]
+    lines = [f"{file.name} {file.stat().st_size}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

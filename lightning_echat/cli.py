@@ -25,6 +25,7 @@ from lightning_echat.command_errors import (
     SetupError,
     check_config_files,
     explain_exception,
+    explain_lost_rank,
     explain_parse_error,
     nearest,
 )
@@ -63,6 +64,20 @@ COMMANDS: dict[str, Command] = {
     "data verify": Command(
         "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify", "shards"
     ),
+    "convert from-reference": Command(
+        "bring released OSUM-EChat weights in", "lightning_echat.checkpoints.from_reference:from_reference"
+    ),
+    "convert to-hf": Command(
+        "write a checkpoint as a Hugging Face folder", "lightning_echat.checkpoints.hugging_face:to_hf", "checkpoint"
+    ),
+    "convert from-hf": Command(
+        "write the YAML that starts a stage from such a folder",
+        "lightning_echat.checkpoints.hugging_face:from_hf",
+        "folder",
+    ),
+    "convert consolidate": Command(
+        "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
+    ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
     "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
@@ -87,6 +102,9 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _leave("interrupted", code=130)
     except (Exception, BaseExceptionGroup) as error:
+        if (line := explain_lost_rank(error, rank=_rank())) is not None:
+            sys.stderr.write(f"echat: {line}\n")
+            raise SystemExit(1) from error
         line = explain_exception(error)
         if line is None:
             raise
@@ -180,8 +198,8 @@ def _load(target: str) -> Callable[..., None]:
 def _plain_flags(args: list[str], function: Callable[..., None], positional: str) -> list[str]:
     """What people type -> what the parser takes.
 
-    `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, and a list option several times, as in
-    `--audio a.wav --audio b.wav`.
+    `recipe.yaml` for `--recipe recipe.yaml`, `--json` for `--json=true`, `--speech-tokenizer` for `--speech_tokenizer`,
+    and a list option several times, as in `--audio a.wav --audio b.wav`.
     """
     hints = {f"--{key}": hint for key, hint in get_type_hints(function).items()}
     if positional and args and not args[0].startswith("-"):
@@ -195,6 +213,12 @@ def _plain_flags(args: list[str], function: Callable[..., None], positional: str
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
+        if (
+            flag.startswith("--")
+            and flag not in hints
+            and (ours := flag.replace("-", "_").replace("__", "--", 1)) in hints
+        ):
+            flag, word = ours, ours + equals + value
         if hints.get(flag) is bool and not equals:
             plain.append(f"{flag}={words.pop(0) if words[:1] in (['true'], ['false']) else 'true'}")
         elif flag in hints and _takes_list(hints[flag]) and (equals or words):
@@ -214,10 +238,14 @@ def _takes_list(hint: Any) -> bool:
 
 def _leave(line: str, *, code: int, same_on_every_rank: bool = True) -> None:
     """One line on stderr, and the end. A mistake that every rank finds is told by rank 0; any other names its rank."""
-    rank = next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    rank = _rank()
     if rank == 0 or not same_on_every_rank:
         sys.stderr.write(f"echat: {f'rank {rank}: ' if rank else ''}{line}\n")
     raise SystemExit(code)
+
+
+def _rank() -> int:
+    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
@@ -85,6 +86,36 @@ def explain_exception(error: BaseException) -> str | None:
     if isinstance(error, yaml.YAMLError):
         return _explain_yaml(error)
     return one_line(str(error)) if names & set(_MISTAKES) else None
+
+
+def explain_lost_rank(error: BaseException, *, rank: int) -> str | None:
+    """The line for a collective call that the other ranks did not complete, None for anything else.
+
+    Every rank that waits says so, so the one to look at is the one that is silent.
+    """
+    said = str(error)
+    lost, late = any(sign in said for sign in _LOST), any(sign in said for sign in _LATE)
+    if not (lost or late) or (call := _collective_of(error)) is None:
+        return None
+    what = "was left alone: another rank has died" if lost else "waited in vain: another rank stands still"
+    return one_line(f"rank {rank} {what}; its call was {call}. The rank that prints no such line is the one to look at")
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LATE = ("Timed out waiting", "Application timeout", "Wait timeout", "caught collective operation timeout")
+"""How gloo, NCCL and their store word that a peer has gone, or does not come."""
+
+
+def _collective_of(error: BaseException) -> str | None:
+    """Name of the collective call that an exception comes from, and where our own code or FSDP made it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [i for i, frame in enumerate(frames) if "torch/distributed" in frame.filename]
+    if not inside:
+        return None
+    names = [frames[i].name for i in inside if frames[i].filename.endswith(("distributed_c10d.py", "_ops.py"))]
+    name = next((name for name in names if name not in ("wrapper", "wait")), frames[inside[-1]].name)
+    own = [frame for frame in frames if any(part in frame.filename for part in ("lightning", "callbacks"))]
+    return f"{name}, made by {own[-1].name}" if own else name
 
 
 def _from_traceback_text(text: str) -> str | None:

@@ -22,6 +22,9 @@ IGNORE_INDEX = -100
 SAMPLE_RATE = 16_000
 """Hz. Every waveform inside the platform has it; readers resample, writers say what they wrote."""
 
+MODEL_TYPE = "echat"
+"""`model_type` in the config.json of a model of this project."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the command prints the message, one line, and exits with 2.
@@ -87,6 +90,7 @@ class AudioClip:
         start, length: The placeholder span inside the dialogue's ids.
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
+        transcript_ids: [n] int64 text ids of the transcript, empty where unknown.
         waveform: [samples] int32, the bits of what `data.log_mel.extend` gives; only where mels are left to the device.
         alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
@@ -96,6 +100,7 @@ class AudioClip:
     length: int
     labels: Tensor
     characters: Tensor
+    transcript_ids: Tensor
     waveform: Tensor | None = None
     alterations: Tensor | None = None
 
@@ -168,6 +173,8 @@ class PackedBatch:
         clip_labels: [C, L] int64 class index per label set or IGNORE_INDEX.
         clip_characters: [C, characters] int64 CTC targets, zero-padded.
         clip_character_lengths: [C] int64.
+        clip_transcript_ids: [C, ids] int64 text ids of the transcripts, zero-padded.
+        clip_transcript_lengths: [C] int64.
         references: One per dialogue, in row and then reading order.
         waveforms: [C, S] int32, the clips' samples where mels are made on the accelerator; None once they are made.
         alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
@@ -188,6 +195,8 @@ class PackedBatch:
     clip_labels: Tensor
     clip_characters: Tensor
     clip_character_lengths: Tensor
+    clip_transcript_ids: Tensor
+    clip_transcript_lengths: Tensor
     references: list[DialogueReference]
     waveforms: Tensor | None = None
     alterations: Tensor | None = None
@@ -218,18 +227,33 @@ class PackedBatch:
 
 
 @dataclass(slots=True, kw_only=True)
+class HeardSpeech:
+    """The clips of a batch as encoder and adapter hand them on. C' is C, or 1 (a dummy clip) for a batch without audio.
+
+    Attributes:
+        encoder_frames: [C', F', E] of the speech encoder.
+        encoder_lengths: [C'] int64 valid frames.
+        adapter_outputs: [C', n, D], what fills the placeholders.
+        adapter_lengths: [C'] int64 valid outputs.
+    """
+
+    encoder_frames: Tensor
+    encoder_lengths: Tensor
+    adapter_outputs: Tensor
+    adapter_lengths: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
 class EChatOutput:
     """What one pass of the model yields. It holds no full-vocabulary logits; `losses` computes those in chunks.
 
     Attributes:
         hidden_states: [R, T, D] after the language model's final norm.
-        encoder_frames: [C', F', E] of the speech encoder, where C' is C, or 1 (a dummy clip) for a batch without audio.
-        encoder_lengths: [C'] int64 valid frames.
+        heard: What auxiliary losses look at.
     """
 
     hidden_states: Tensor
-    encoder_frames: Tensor
-    encoder_lengths: Tensor
+    heard: HeardSpeech
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,6 +8,7 @@ once their thinking is closed. Rows share the cache and the steps; a row that is
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,11 +44,24 @@ class DecodingConfig:
 
 @torch.no_grad()
 def generate(
-    model: EChatModel, batch: PackedBatch, tokenizer: DialogueTokenizer, config: DecodingConfig
+    model: EChatModel,
+    batch: PackedBatch,
+    tokenizer: DialogueTokenizer,
+    config: DecodingConfig,
+    *,
+    goes_on: Callable[[bool], bool] = bool,
 ) -> list[GeneratedReply]:
     """Answer every dialogue of a batch; targets in the batch are not looked at.
 
     Cost is one pass over the prompts and one step of the language model per id of the longest answer.
+
+    Args:
+        model: In eval mode.
+        batch: Its references are what is asked.
+        tokenizer: Templates and ids.
+        config: Lengths and sampling.
+        goes_on: Is told before each step whether a row still writes, and says whether to take the step. Ranks that
+            share a sharded model answer alike, and so take the same number of steps.
 
     Returns:
         One reply per reference, in their order.
@@ -56,7 +70,7 @@ def generate(
         return []
     started = time.perf_counter()
     prompts = extract_prompts(batch, padding=tokenizer.vocabulary.padding)
-    embeddings, _, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
+    embeddings, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
     valid = prompts.document_ids > 0
     cache = DynamicCache()
     hidden = model.lm(embeddings, position_ids=prompts.position_ids, attention_mask=valid.long(), cache=cache)
@@ -64,7 +78,7 @@ def generate(
     last = hidden[torch.arange(len(lengths)), lengths - 1]
     prefilled = time.perf_counter()
     writers = _Writers(prompts, tokenizer, config)
-    while not bool(writers.done.all()):
+    while goes_on(not bool(writers.done.all())):
         ids = writers.next_ids(model.lm.text_head(last).float(), model.lm.speech_head(last).float())
         valid = torch.cat([valid, torch.ones_like(valid[:, :1])], dim=1)
         embedded = model.lm.embed(ids[:, None])

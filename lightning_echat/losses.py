@@ -93,19 +93,26 @@ def _chunk_loss(
     return norm - torch.where(targets < text_size, of_text, of_speech)
 
 
-def ctc_loss_sum(character_logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+def ctc_loss_sum(
+    logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, *, blank: int = 0
+) -> tuple[Tensor, Tensor]:
     """Summed CTC loss over the clips whose transcript fits into their frames; others add nothing.
 
     Args:
-        character_logits: [C, F, characters].
+        logits: [C, F, classes].
         lengths: [C] valid frames.
-        targets: [C, longest] zero-padded character indices.
+        targets: [C, longest] zero-padded classes, the blank never among them.
         target_lengths: [C]; a clip without transcript has 0.
+        blank: The class that stands for no target.
+
+    Returns:
+        The sum, and the number of targets it is over.
     """
-    usable = target_lengths > 0
-    log_probs = character_logits.float().log_softmax(2).transpose(0, 1)
-    losses = F.ctc_loss(log_probs, targets, lengths, target_lengths, reduction="none", zero_infinity=True)
-    return (losses * usable).sum()
+    log_probs = logits.float().log_softmax(2).transpose(0, 1)
+    losses = F.ctc_loss(log_probs, targets, lengths, target_lengths, blank=blank, reduction="none", zero_infinity=True)
+    # An infinite loss, that of a transcript which does not fit, has become zero.
+    scored = (target_lengths > 0) & (losses > 0)
+    return (losses * scored).sum(), (target_lengths * scored).sum()
 
 
 def label_loss_sum(label_logits: dict[str, Tensor], clip_labels: Tensor, label_sets: tuple[str, ...]) -> Tensor:

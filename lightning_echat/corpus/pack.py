@@ -1,13 +1,17 @@
 """`echat data pack`: anybody's dialogues and audio files as the shards that training reads.
 
 A manifest is JSON lines in the form of the sidecar of docs/data_format.md, except that `audio` is the path of a file,
-relative to the manifest. Every line is either packed or counted and listed with its number and the reason.
+relative to the manifest; or it is the description of data in a format of the public implementation. Every row is either
+packed or counted and listed with its place and the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,30 @@ from lightning_echat.contracts import DialogueSample, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, decode_dialogue
 from lightning_echat.data.files import write_atomically
 from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.reference_data import is_reference
+from lightning_echat.data.reference_tags import read_task
 from lightning_echat.data.shard_index import FOLDER_INDEX, INDEX_SUFFIX
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
 from lightning_echat.data.tar_samples import SCHEMA, StoredSample
 from lightning_echat.data.writers import AudioFormat, ShardWriter
 
 _SKIPPED_ROWS = "skipped.jsonl"
 _SHOWN = 10
+
+
+@dataclass(slots=True, kw_only=True)
+class _Row:
+    """A row to be packed.
+
+    Attributes:
+        name: How reports call it.
+        place: Where it stands, as skipped.jsonl says it.
+        stored: Makes it what a shard would hold; `SampleRejected` where it cannot.
+    """
+
+    name: str
+    place: dict[str, Any]
+    stored: Callable[[], StoredSample]
 
 
 def pack(
@@ -35,12 +57,13 @@ def pack(
     max_seconds: float = 60.0,
     overwrite: bool = False,
 ) -> None:
-    """Turn dialogues and audio files into shards.
+    """Turn dialogues and audio files, or data in a format of the public implementation, into shards.
 
     Args:
         manifest: JSON lines, a dialogue each: "turns" as docs/data_format.md describes, "audio" a path relative to the
             manifest; optional "key", "speaker" and "voice_type". Audio may have any sample rate and format that
-            libsndfile reads.
+            libsndfile reads. Or NAME.reference.yaml, which describes raw, shard or combine data of the public
+            OSUM-EChat implementation (keys: format, data, root, task, … in docs/data_format.md).
         out: Folder for the shards and their index; what was skipped goes to skipped.jsonl in it.
         audio_format: flac or wav, 16 kHz mono either way.
         dialogues_per_shard: Dialogues in a shard.
@@ -52,38 +75,51 @@ def pack(
     """
     if not manifest.is_file():
         raise UserError(f"manifest {manifest} does not exist")
-    _clear(out, overwrite=overwrite)
-    counter, skipped = SkipCounter(), []
-    with ShardWriter(out, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard) as writer:
-        keys: set[str] = set()
-        for number, line in _numbered_lines(manifest):
-            try:
-                sample = read_row(line, number=number, manifest=manifest, max_seconds=max_seconds, taken=keys)
-                _write(writer, sample)
-            except SampleRejected as error:
-                counter.skip(error.reason, shard=manifest.name, key=f"line {number}", detail=str(error))
-                skipped.append({"line": number, "reason": error.reason, "detail": str(error)})
-                continue
-            counter.keep()
-            keys.add(sample.key)
+    counter, skipped, keys, tags = SkipCounter(), [], set[str](), Counter[str]()
+    read = partial(_reference_rows, counter=counter) if is_reference(str(manifest)) else _manifest_rows
+    with Progress(console=Console(stderr=True)) as progress:
+        rows = read(manifest, progress=progress)
+        _clear(out, overwrite=overwrite)
+        with ShardWriter(out, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard) as writer:
+            for row in rows:
+                try:
+                    stored = row.stored()
+                    if stored.key in keys:
+                        raise SampleRejected("duplicate key", repr(stored.key))
+                    _write(writer, decode_dialogue(stored, max_seconds=max_seconds))
+                except SampleRejected as error:
+                    counter.skip(error.reason, shard=manifest.name, key=row.name, detail=str(error))
+                    skipped.append({**row.place, "reason": error.reason, "detail": str(error), "name": row.name})
+                    continue
+                counter.keep()
+                keys.add(stored.key)
+                tags[json.loads(stored.members[SIDECAR]).get("task", "")] += 1
     if not writer.samples:
-        raise UserError(f"{manifest} holds nothing that can be packed: {_reasons(counter) or 'it is empty'}")
+        why = f"{_reasons(counter)}; the first: {skipped[0]['detail']}" if skipped else "it is empty"
+        raise UserError(f"{manifest} holds nothing that can be packed: {why}")
     _report(out, counter=counter, skipped=skipped)
+    _report_tasks(tags)
 
 
-def read_row(line: str, *, number: int, manifest: Path, max_seconds: float, taken: set[str]) -> DialogueSample:
-    """One line of a manifest as a dialogue with its audio.
+def _manifest_rows(manifest: Path, *, progress: Progress) -> Iterator[_Row]:
+    """Lines that are not blank, numbered from 1."""
+    with progress.open(manifest, "rb", description="packing") as file:
+        for number, line in enumerate(file, start=1):
+            if text := line.decode("utf-8", errors="replace").strip():
+                read = partial(_read_line, text, number=number, manifest=manifest)
+                yield _Row(name=f"line {number}", place={"line": number}, stored=read)
 
-    Args:
-        line: The JSON.
-        number: Of the line, from 1; it names a dialogue without a key.
-        manifest: Audio paths are relative to it.
-        max_seconds: Longest audio of a turn.
-        taken: Keys of earlier lines.
 
-    Raises:
-        SampleRejected: The line cannot be used.
-    """
+def _reference_rows(manifest: Path, *, progress: Progress, counter: SkipCounter) -> Iterator[_Row]:
+    """Rows of all files of a description."""
+    for unit in progress.track(expand_shards([str(manifest)]), description="packing"):
+        for stored in read_shard(ShardPart(path=unit), counter=counter):
+            place = {"shard": stored.shard, "row": stored.ordinal + 1, "key": stored.key}
+            yield _Row(name=stored.key, place=place, stored=lambda stored=stored: stored)
+
+
+def _read_line(line: str, *, number: int, manifest: Path) -> StoredSample:
+    """One line of a manifest, with the audio that it names; `SampleRejected` where it cannot be used."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -93,12 +129,9 @@ def read_row(line: str, *, number: int, manifest: Path, max_seconds: float, take
     key = str(row.get("key") or f"{manifest.stem.replace('.', '-')}-{number:08d}")
     if "." in key:
         raise SampleRejected("bad key", f"{key!r} holds a dot")
-    if key in taken:
-        raise SampleRejected("duplicate key", repr(key))
     sidecar, members = _embed_audio(row, folder=manifest.parent)
     members[SIDECAR] = json.dumps(sidecar).encode()
-    stored = StoredSample(key=key, shard=manifest.name, ordinal=number, members=members)
-    return decode_dialogue(stored, max_seconds=max_seconds)
+    return StoredSample(key=key, shard=manifest.name, ordinal=number, members=members)
 
 
 def _embed_audio(row: dict[str, Any], *, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -143,16 +176,6 @@ def _clear(out: Path, *, overwrite: bool) -> None:
         path.unlink()
 
 
-def _numbered_lines(manifest: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank with their numbers, from 1, under a progress bar."""
-    with Progress(console=Console(stderr=True)) as progress:
-        file = progress.open(manifest, "rb", description="packing")
-        with file:
-            for number, line in enumerate(file, start=1):
-                if text := line.decode("utf-8", errors="replace").strip():
-                    yield number, text
-
-
 def _reasons(counter: SkipCounter) -> str:
     """Reasons and how often, in one line."""
     return ", ".join(f"{count} {reason}" for reason, count in counter.skipped.items())
@@ -165,11 +188,22 @@ def _report(out: Path, *, counter: SkipCounter, skipped: list[dict[str, Any]]) -
     line = f"{out}: {index['samples']} dialogues, {index['seconds'] / 3600:.2f} h in {len(index['shards'])} shards"
     console.print(f"{line}; {len(skipped)} skipped" + (f": {_reasons(counter)}" if skipped else ""), soft_wrap=True)
     for row in skipped[:_SHOWN]:
-        console.print(f"  line {row['line']}: {row['detail']}", soft_wrap=True, markup=False)
+        console.print(f"  {row['name']}: {row['detail']}", soft_wrap=True, markup=False)
+    for what, count in counter.noticed.items():
+        console.print(f"noticed {count} {what}", soft_wrap=True, markup=False)
     listing = out / _SKIPPED_ROWS
     if skipped:
-        write_atomically(listing, content="".join(json.dumps(row) + "\n" for row in skipped).encode())
+        rows = [{key: value for key, value in row.items() if key != "name"} for row in skipped]
+        write_atomically(listing, content="".join(json.dumps(row) + "\n" for row in rows).encode())
         if len(skipped) > _SHOWN:
             console.print(f"  all {len(skipped)} are in {listing}", soft_wrap=True)
     else:
         listing.unlink(missing_ok=True)
+
+
+def _report_tasks(tags: Counter[str]) -> None:
+    """Which tasks of the project rows with a task tag are for: what a source in YAML may name."""
+    for tag, count in tags.most_common():
+        if tag:
+            text = f"{count} rows of {tag} serve the task {read_task(tag).serves}"
+            Console().print(text, soft_wrap=True, markup=False, highlight=False)

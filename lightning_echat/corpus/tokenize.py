@@ -312,7 +312,7 @@ def add_codes(stored: StoredSample, *, tokenizer: SpeechTokenizer, record: Shard
         sidecar["turns"][index]["codes"] = codes
         record.turns += 1
         record.codes += len(codes)
-    stored.members[SIDECAR] = json.dumps(sidecar, ensure_ascii=False).encode()
+    stored.members = {**stored.members, SIDECAR: json.dumps(sidecar, ensure_ascii=False).encode()}
 
 
 def _turn_codes(parsed: ParsedDialogue, index: int, *, tokenizer: SpeechTokenizer) -> list[int]:

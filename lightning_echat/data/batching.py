@@ -8,6 +8,7 @@ from itertools import islice
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,6 +16,10 @@ from lightning_echat.contracts import IGNORE_INDEX, AudioClip, PackedBatch, Toke
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 Row = list[TokenizedDialogue]
+
+_FRAME_MULTIPLE = 32
+"""Mel frames of a batch are padded to a multiple of it: convolution kernels that were prepared for a shape are used
+again, which saves a CPU a tenth of the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +113,7 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
             start += len(dialogue.input_ids)
     where = torch.tensor(places, dtype=torch.long).reshape(-1, 3)
     return {
-        "log_mels": _pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins)),
+        "log_mels": _round_up(_pad([clip.log_mel for clip in clips], torch.zeros(0, 0, mel_bins))),
         "log_mel_lengths": torch.tensor([len(clip.log_mel) for clip in clips], dtype=torch.long),
         "clip_rows": where[:, 0].contiguous(),
         "clip_starts": where[:, 1].contiguous(),
@@ -116,6 +121,8 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
         "clip_labels": _pad([clip.labels for clip in clips], torch.zeros(0, len(LABEL_SETS), dtype=torch.long)),
         "clip_characters": _pad([clip.characters for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
         "clip_character_lengths": torch.tensor([len(clip.characters) for clip in clips], dtype=torch.long),
+        "clip_transcript_ids": _pad([clip.transcript_ids for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
+        "clip_transcript_lengths": torch.tensor([len(clip.transcript_ids) for clip in clips], dtype=torch.long),
     }
 
 
@@ -125,6 +132,11 @@ def _pad_those_given(tensors: list[Tensor | None]) -> Tensor | None:
     if some is None:
         return None
     return pad_sequence([some[:0] if tensor is None else tensor for tensor in tensors], batch_first=True)
+
+
+def _round_up(log_mels: Tensor) -> Tensor:
+    """[C, F, M] -> [C, F', M], F' the next multiple of `_FRAME_MULTIPLE`."""
+    return F.pad(log_mels, (0, 0, 0, -log_mels.shape[1] % _FRAME_MULTIPLE))
 
 
 def _pad(tensors: list[Tensor], nothing: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from random import Random
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_echat.contracts import AudioClip, DialogueSample, PackedBatch, TokenizedDialogue
 from lightning_echat.data.augmentation import AugmentationConfig, alter, augment, draw_alterations
@@ -76,8 +77,10 @@ def make_log_mels(batch: PackedBatch, log_mel: LogMel) -> PackedBatch:
         log_mel: On the same one.
     """
     if batch.waveforms is not None:
-        batch.log_mels = log_mel.of_batch(batch.waveforms.view(torch.float32), batch.log_mel_lengths)
+        frames = batch.log_mels.shape[1]  # batching has rounded it up
+        log_mels = log_mel.of_batch(batch.waveforms.view(torch.float32), batch.log_mel_lengths)
         if batch.alterations is not None:
-            batch.log_mels = alter(batch.log_mels, batch.alterations)
+            log_mels = alter(log_mels, batch.alterations)
+        batch.log_mels = F.pad(log_mels, (0, 0, 0, frames - log_mels.shape[1]))
         batch.waveforms = batch.alterations = None
     return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, isfinite
@@ -245,7 +245,7 @@ def _codes(entry: dict[str, Any]) -> Tensor | None:
     return torch.tensor(codes, dtype=torch.long)
 
 
-def _audio_bytes(entry: dict[str, Any], members: dict[str, bytes]) -> bytes | None:
+def _audio_bytes(entry: dict[str, Any], members: Mapping[str, bytes]) -> bytes | None:
     name = _field(entry, "audio", str)
     if name is None:
         return None

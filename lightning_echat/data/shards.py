@@ -17,10 +17,12 @@ from braceexpand import braceexpand
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.reference_data import is_reference, list_units
+from lightning_echat.data.reference_formats import read_unit
 from lightning_echat.data.remote import LOCAL, ShardAccess, buffered, glob_url, is_url, open_url, read_url
 from lightning_echat.data.shard_cache import open_cached
 from lightning_echat.data.shard_index import FOLDER_INDEX, ShardIndex, find_index, reject_index
-from lightning_echat.data.tar_samples import StoredSample, samples_in
+from lightning_echat.data.tar_samples import StoredSample, named_members, samples_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +45,9 @@ def expand_shards(patterns: Sequence[str], *, access: ShardAccess = LOCAL) -> li
     """Shard paths and URLs that the patterns name, in order, each once.
 
     A pattern is a tar file, a glob, a brace pattern (`train-{000..031}.tar`), a list file (.txt or .list) of patterns
-    one a line, relative to itself, or a folder with `index.json`, or of tar files. Each may be a URL; a folder's ends
-    in a slash, and http has no globs.
+    one a line, relative to itself, a folder with `index.json`, or of tar files, or a description of the public
+    implementation's data (`*.reference.yaml`). Each but the last may be a URL; a folder's ends in a slash, and http has
+    no globs.
 
     Raises:
         UserError: A pattern matches nothing.
@@ -64,6 +67,8 @@ def _expand_path(name: str, pattern: str, access: ShardAccess) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path)
+    if path.is_file() and is_reference(name):
+        return list_units(path)
     if path.is_file():
         return _list(path.read_text(encoding="utf-8"), str(path), access) if _is_list(name) else [str(path)]
     matches = [found for found in sorted(glob(str(path))) if _may_be_shard(found)]  # noqa: PTH207  # takes absolute ones
@@ -229,6 +234,10 @@ def read_samples(
 
 def _samples_from(shard: str, start: int, counter: SkipCounter, access: ShardAccess) -> Iterator[StoredSample]:
     """The samples of a shard, the first of them `start` where an index says where that is, else 0."""
+    if is_reference(shard):
+        for row in read_unit(shard, counter=counter, tar_members=named_members):
+            yield StoredSample(key=row.key, shard=shard, ordinal=row.index, members=row.members)
+        return
     index = find_index(shard, counter=counter, access=access) if start else None
     if index is not None:
         if start >= len(index.samples):

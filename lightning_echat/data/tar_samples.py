@@ -12,7 +12,7 @@ import io
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -53,7 +53,7 @@ class StoredSample:
     key: str
     shard: str
     ordinal: int
-    members: dict[str, bytes]
+    members: Mapping[str, bytes]
     offset: int = 0
     size: int = 0
 
@@ -83,6 +83,7 @@ def samples_in(
         offset: The byte at which it begins.
     """
     current: StoredSample | None = None
+    members: dict[str, bytes] = {}
     try:
         for member in _members(_decompressed(file) if offset == 0 else file, shard, counter, offset):
             key, suffix = base_plus_ext(member.name.removeprefix("./"))
@@ -93,18 +94,29 @@ def samples_in(
                 if current is not None:
                     yield current
                     ordinal += 1
-                current = StoredSample(key=key, shard=shard, ordinal=ordinal, members={}, offset=member.start)
-            if suffix in current.members:
+                members = {}
+                current = StoredSample(key=key, shard=shard, ordinal=ordinal, members=members, offset=member.start)
+            if suffix in members:
                 counter.notice("duplicate member", shard=shard, key=key, detail=suffix)
             elif member.end - current.offset > 2 * MAX_MEMBER_BYTES:
                 counter.notice("unusable member", shard=shard, key=member.name, detail="the sample is too large")
             else:
-                current.members[suffix] = member.data
+                members[suffix] = member.data
             current.size = member.end - current.offset
     except READ_ERRORS as error:
         counter.notice("damaged shard", shard=shard, detail=str(error))
     if current is not None:
         yield current
+
+
+def named_members(path: str, counter: SkipCounter) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of the files in a tar, in order. Damage ends the tar and is counted; it never raises."""
+    try:
+        with Path(path).open("rb") as file:
+            for member in _members(_decompressed(file), path, counter, 0):
+                yield member.name, member.data
+    except READ_ERRORS as error:
+        counter.notice("damaged shard", shard=path, detail=str(error))
 
 
 def is_compressed(path: Path) -> bool:

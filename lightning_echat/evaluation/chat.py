@@ -49,7 +49,7 @@ class ChatAnswer:
 def chat(
     checkpoint: Path,
     audio: list[Path],
-    out: Path,
+    out: Path | None = None,
     *,
     json: bool = False,
     thinking: ThinkingForm = "label",
@@ -60,9 +60,10 @@ def chat(
     """Answer one spoken question, or several as the turns of one conversation.
 
     Args:
-        checkpoint: A .ckpt file or the folder of a run.
+        checkpoint: A .ckpt file, the folder of a run, or one of echat convert.
         audio: Wav or FLAC files, one a turn; any sample rate.
-        out: The wav file to write; with several turns their numbers are added to its name.
+        out: The wav file to write; with several turns their numbers are added to its name. Without it the model
+            answers in text alone, and no speech tokenizer is needed.
         json: Print JSON instead of text.
         thinking: Form of the thinking before the reply.
         layout: Order of text and speech in the reply.
@@ -71,13 +72,16 @@ def chat(
     """
     if not audio:
         raise UserError("no audio: give --audio IN.wav, several times for several turns")
-    if out.suffix.lower() not in (".wav", ".flac"):
+    if out is not None and out.suffix.lower() not in (".wav", ".flac"):
         raise UserError(f"--out {out}: the name of the answer ends in .wav or .flac")
     # All are read first: a missing file is told before a minute has been spent on the others.
     waveforms = [read_waveform(path) for path in audio]
     trained = load_trained(checkpoint)
-    voice = open_voice(trained, speech_tokenizer)
-    task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
+    voice = open_voice(trained, speech_tokenizer) if out is not None else None
+    if voice is None:
+        task = DialogueTask(kind="speech_to_text", thinking=thinking)
+    else:
+        task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
     answers: list[ChatAnswer] = []
     turns: list[Turn] = []
     log_mel = LogMel(mel_bins=trained.tokens.mel_bins)
@@ -88,8 +92,8 @@ def chat(
         reply = _answer(trained, turns, task, decoding or DecodingConfig())
         parsed = parse_thinking(reply.text, trained.tokenizer.prompt_set.thinking)
         words = parsed.reply if thinking != "none" else reply.text.strip()
-        turns.append(Turn(role="assistant", text=words))
-        target = out if len(audio) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+        codes = reply.speech_codes if reply.speech_codes.numel() else None
+        turns.append(Turn(role="assistant", text=words, speech_codes=codes))
         answer = ChatAnswer(
             query=str(path),
             thinking={k: v for k, v in asdict(parsed).items() if k != "reply"} if thinking != "none" else {},
@@ -99,7 +103,10 @@ def chat(
             finished=reply.finished,
             timings={"features": features, **reply.timings},
         )
-        answers.append(_speak(answer, reply, voice, target))
+        if voice is not None and out is not None:
+            target = out if len(audio) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+            answer = _speak(answer, reply, voice, target)
+        answers.append(answer)
         if not json:
             _print(answers[-1], number=number)
     if json:

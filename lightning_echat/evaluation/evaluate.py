@@ -145,7 +145,7 @@ class _Questions:
     checkpoint_hash: str = ""
 
     def __post_init__(self) -> None:
-        self.checkpoint_hash = _file_hash(self.trained.path)
+        self.checkpoint_hash = _checkpoint_hash(self.trained.path)
 
     def made_by(self, entry: EvaluationSet, kind: str) -> str:
         """What decides the answers: weights, questions and settings."""
@@ -200,9 +200,18 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w-]", "_", name)
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _checkpoint_hash(path: Path) -> str:
+    """Of a checkpoint file, or of everything in a converted folder that decides an answer."""
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(f for f in path.glob("*") if f.suffix in (".safetensors", ".json", ".yaml"))
+    )
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def _what_the_run_left(out: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_echat.contracts import EChatOutput, PackedBatch, UserError
+from lightning_echat.contracts import EChatOutput, HeardSpeech, PackedBatch, UserError
 from lightning_echat.nn.auxiliary_heads import AuxiliaryHeads
 from lightning_echat.nn.speech_adapter import SpeechAdapter, SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoder, SpeechEncoderConfig
@@ -59,18 +59,18 @@ class EChatModel(nn.Module):
         makes the same collective calls whatever its batch holds.
         """
         embeddings = self.lm.embed(batch.input_ids)
-        embeddings, frames, lengths = self.hear(batch, embeddings)
+        embeddings, heard = self.hear(batch, embeddings)
         mask = document_mask(batch.document_ids)
         # Without a mask Hugging Face reads positions that restart, as those of padding do, as packed rows, and builds
         # one. Left out they count from 0, which is what the one dialogue of each row has.
         hidden = self.lm(embeddings, position_ids=None if mask is None else batch.position_ids, attention_mask=mask)
-        return EChatOutput(hidden_states=hidden, encoder_frames=frames, encoder_lengths=lengths)
+        return EChatOutput(hidden_states=hidden, heard=heard)
 
-    def hear(self, batch: PackedBatch, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def hear(self, batch: PackedBatch, embeddings: Tensor) -> tuple[Tensor, HeardSpeech]:
         """Encode the clips and put them in their placeholders' stead.
 
         Returns:
-            [R, T, D] embeddings, [C', F', E] encoder frames and [C'] their lengths.
+            [R, T, D] embeddings, and the clips.
         """
         silent = batch.log_mels.shape[0] == 0
         log_mels, lengths = batch.log_mels, batch.log_mel_lengths
@@ -79,10 +79,16 @@ class EChatModel(nn.Module):
             lengths = torch.full((1,), _DUMMY_FRAMES, device=embeddings.device)
         dtype = self.encoder.conv1.weight.dtype
         frames, frame_lengths = self.encoder(log_mels.to(dtype), lengths)
-        adapted, _ = self.adapter(frames, frame_lengths)
+        adapted, adapted_lengths = self.adapter(frames, frame_lengths)
+        heard = HeardSpeech(
+            encoder_frames=frames,
+            encoder_lengths=frame_lengths,
+            adapter_outputs=adapted,
+            adapter_lengths=adapted_lengths,
+        )
         if silent:
-            return embeddings + 0.0 * adapted.sum(), frames, frame_lengths
-        return fill_placeholders(embeddings, adapted, batch), frames, frame_lengths
+            return embeddings + 0.0 * adapted.sum(), heard
+        return fill_placeholders(embeddings, adapted, batch), heard
 
 
 def fill_placeholders(embeddings: Tensor, adapted: Tensor, batch: PackedBatch) -> Tensor:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import WhisperConfig, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
@@ -35,6 +37,7 @@ class SpeechEncoderConfig:
         strides: Of the two convolutions.
         depthwise_kernel: Frames of the depth-wise convolution in every layer; 0 for none, as in Whisper.
         max_positions: The most frames after the convolutions: longer speech is refused.
+        gradient_checkpointing: Compute each layer again in backward instead of keeping what it computed.
     """
 
     weights: str = "openai/whisper-medium"
@@ -47,6 +50,7 @@ class SpeechEncoderConfig:
     strides: tuple[int, int] = (1, 2)
     depthwise_kernel: int = 0
     max_positions: int = 3000
+    gradient_checkpointing: bool = False
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -73,7 +77,18 @@ class DepthwiseConvolution(nn.Module):
     def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
         """[C, F, D] frames and [C, F] mask -> [C, F, D]."""
         hidden = self.norm(frames) * mask[..., None]
-        return frames + F.gelu(self.convolution(hidden.transpose(1, 2))).transpose(1, 2)
+        # As an image of height 1 the frames lie channels-last without a copy, for which CPUs have a kernel three times
+        # as fast as the one for [C, D, F].
+        image = hidden.transpose(1, 2)[:, :, None]
+        convolution = self.convolution
+        hidden = F.conv2d(
+            image,
+            convolution.weight.unflatten(1, (1, 1)),
+            convolution.bias,
+            padding=(0, convolution.kernel_size[0] // 2),
+            groups=convolution.groups,
+        )
+        return frames + F.gelu(hidden[:, :, 0].transpose(1, 2))
 
 
 class SpeechEncoder(nn.Module):
@@ -96,6 +111,10 @@ class SpeechEncoder(nn.Module):
         self.conv1 = nn.Conv1d(mel_bins, config.width, kernel_size=3, stride=first, padding=1)
         self.conv2 = nn.Conv1d(config.width, config.width, kernel_size=3, stride=second, padding=1)
         self.layers = nn.ModuleList(WhisperEncoderLayer(layer_config) for _ in range(config.layers))
+        for layer in self.layers if config.gradient_checkpointing else ():
+            # Hugging Face's layers know how; only their own models switch it on.
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
         kernel = config.depthwise_kernel
         if kernel and kernel % 2 == 0:
             raise UserError(f"encoder.depthwise_kernel is {kernel}; it must be odd, as a frame stands in its middle")

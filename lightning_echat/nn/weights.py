@@ -1,6 +1,7 @@
 """Weights on disk: reading a stage's checkpoint, handing it over to the next stage, building its network again.
 
-Checkpoints are read with `weights_only=True`: nothing in them is executed.
+A folder that `echat convert` wrote stands wherever a checkpoint may. Checkpoints are read with `weights_only=True` and
+folders hold safetensors: nothing in either is executed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
+from lightning_echat.nn.model_folder import is_model_folder, read_model_folder
+from lightning_echat.nn.sharded_files import is_sharded, read_sharded
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
@@ -25,20 +28,30 @@ from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensCo
 
 
 def latest_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/."""
+    """The checkpoint that `path` names: itself, or the newest complete one in a run folder or its checkpoints/.
+
+    A checkpoint is a file, a folder where the run was sharded, or one that `echat convert` wrote.
+    """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_sharded(path) or is_model_folder(path):
         return path
-    found = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    named = [c for folder in (path, path / "checkpoints") for c in folder.glob("*.ckpt")]
+    # Folders without their index, and links to what is gone, are no checkpoints.
+    found = [c for c in named if c.is_file() or is_sharded(c)]
     if not found:
-        raise UserError(f"no checkpoint at {path}; give a .ckpt file or the folder of a run that has saved one")
+        raise UserError(
+            f"no checkpoint at {path}; give a checkpoint, the folder of a run that has saved one, "
+            f"or a folder of echat convert"
+        )
     # Lightning writes last-v1.ckpt where an earlier run has left a last.ckpt.
     last = [c for c in found if c.name.startswith("last")]
     return max(last or found, key=lambda c: c.stat().st_mtime_ns)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read without executing anything in it."""
+    """A Lightning checkpoint, whole or sharded, or a converted folder, read without executing anything in it."""
+    if path.is_dir():
+        return read_model_folder(path) if is_model_folder(path) else read_sharded(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
@@ -101,7 +114,7 @@ class TrainedModel:
         model: In eval mode, on the CPU.
         tokenizer: Templates and ids that it was trained with.
         tokens: Their settings.
-        path: The checkpoint it was read from.
+        path: The checkpoint or converted folder it was read from.
         step: Optimizer steps it had been trained for.
     """
 
@@ -131,14 +144,14 @@ def load_trained(path: str | Path) -> TrainedModel:
     settings = checkpoint["echat"]
     tokens = TokensConfig(**settings["tokens"])
     tokenizer = DialogueTokenizer.from_config(tokens)
-    model = EChatModel(_network(settings["network"]), tokens=tokens, vocabulary=tokenizer.vocabulary)
+    model = EChatModel(network_from_settings(settings["network"]), tokens=tokens, vocabulary=tokenizer.vocabulary)
     model.load_state_dict(model_weights(checkpoint, path), strict=True)
     return TrainedModel(
         model=model.eval(), tokenizer=tokenizer, tokens=tokens, path=path, step=int(checkpoint.get("global_step", 0))
     )
 
 
-def _network(settings: dict[str, Any]) -> NetworkConfig:
+def network_from_settings(settings: dict[str, Any]) -> NetworkConfig:
     """The stored settings as a config that loads nothing pretrained: the checkpoint brings all weights."""
     llm = dict(settings["llm"], pretrained=False)
     llm["lora"] = LoRAConfig(**llm["lora"]) if llm["lora"] else None

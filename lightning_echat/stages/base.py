@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
@@ -15,13 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_echat.contracts import EChatOutput, GeneratedReply, PackedBatch, UserError
+from lightning_echat.contracts import DialogueReference, EChatOutput, GeneratedReply, PackedBatch, UserError
+from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
 from lightning_echat.metrics import MeanTokenLoss
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weights import load_from, stored_settings
+from lightning_echat.parallel import any_rank, gathered, local, reshard, sharded
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -31,14 +33,18 @@ class AuxiliaryWeights:
     """Weights of the auxiliary losses on the encoder; they need `network.auxiliary_labels`.
 
     Every loss is a sum over its own targets and all are divided by the supervised ids, so a weight of 1 lets one
-    character or one label count as much as one id.
+    character or one label count as much as one id. A transcript that is longer than its frames has no CTC loss.
 
     Attributes:
-        ctc: Characters of the transcript.
+        ctc: Characters of the transcript, from encoder frames.
+        text_ctc: Text ids of the transcript, from the adapter's outputs by the language model's own text head: what
+            fills a placeholder then resembles the embedding of the word spoken there, which the language model can
+            read at once. Its logits take clips · outputs · vocabulary.
         labels: Paralinguistic labels from pooled frames.
     """
 
     ctc: float = 0.0
+    text_ctc: float = 0.0
     labels: float = 0.0
 
 
@@ -81,7 +87,7 @@ class EChatStage(L.LightningModule):
         self.init_from = init_from
         self.init_new_parts = tuple(init_new_parts or ())
         self.auxiliary_weights = auxiliary or AuxiliaryWeights()
-        if (self.auxiliary_weights.ctc or self.auxiliary_weights.labels) and not network.auxiliary_labels:
+        if self.auxiliary_weights != AuxiliaryWeights() and not network.auxiliary_labels:
             raise UserError(
                 "auxiliary weights need heads: name label sets in network.auxiliary_labels, or give no weights"
             )
@@ -91,6 +97,9 @@ class EChatStage(L.LightningModule):
         self._window_tokens: Tensor | None = None
         self._validation_losses: dict[str, MeanTokenLoss] = {}
         self._answered: tuple[PackedBatch, list[GeneratedReply]] | None = None
+        self._random_state: Mapping[str, Tensor] | None = None
+        self._asked_to_stop = False
+        self._ranks_asked_to_stop: Tensor | int = 0
 
     def configure_model(self) -> None:
         """Build the network once the strategy is there; Lightning may call this more than once."""
@@ -105,6 +114,8 @@ class EChatStage(L.LightningModule):
         # The auxiliary heads exist for training only, so they train whatever else does.
         auxiliary = ("auxiliary.*",) if self.model.auxiliary is not None else ()
         set_trainable(self.model, (*self.trainable_patterns, *auxiliary))
+        if (strategy := sharded(self._trainer)) is not None:
+            strategy.shard(self, self.model, entries=("training_step", "_validate", "_answer"))
 
     def on_train_start(self) -> None:
         """Start an empty accumulation window, with dropout where something trains and nowhere else.
@@ -115,6 +126,7 @@ class EChatStage(L.LightningModule):
         self._window_tokens = None
         self.model.train()
         frozen_in_eval(self.model)
+        self._restore_random_state()
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of the batch. `on_before_optimizer_step` divides its gradient."""
@@ -134,13 +146,14 @@ class EChatStage(L.LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to its set's mean loss per supervised id."""
-        _, loss = self._losses(batch)
+        loss = self._validate(batch)
         name = self._validation_names()[dataloader_idx]
         self._validation_losses[f"val/{name}/loss/text"].update(loss.text, loss.num_text)
         self._validation_losses[f"val/{name}/loss/speech"].update(loss.speech, loss.num_speech)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, reduced over ranks; a kind of target that no batch held is left out."""
+        reshard(self)
         for key, metric in self._validation_losses.items():
             value = metric.compute()
             if not torch.isnan(value):
@@ -151,19 +164,31 @@ class EChatStage(L.LightningModule):
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
 
         Lightning has divided each micro-batch by `accumulate_grad_batches` and DDP or FSDP has averaged over ranks:
-        both are undone. Clipping comes after this hook, so it sees the true norm.
+        both are undone. Clipping comes after this hook, so it sees the true norm. The same sum tells every rank
+        whether one was asked to stop.
         """
         assert self._window_tokens is not None
-        total = self._window_tokens.clone()
+        sums = torch.stack([self._window_tokens, self._window_tokens.new_tensor(int(self._asked_to_stop))])
         world = 1
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
             world = dist.get_world_size()
+        total, self._ranks_asked_to_stop = sums
         scale = world * self.trainer.accumulate_grad_batches / total.clamp_min(1)
         for parameter in self._trainable_parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+                gradient = local(parameter.grad)
+                gradient.mul_(scale.to(gradient))
         self._window_tokens = None
+
+    def ask_to_stop(self) -> None:
+        """Let this rank tell the others, with the next optimizer step, that training shall end. Safe in a handler."""
+        self._asked_to_stop = True
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a rank was asked to stop before the last optimizer step: the same on all ranks."""
+        return bool(self._ranks_asked_to_stop)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the schedule stepped at every optimizer step."""
@@ -179,16 +204,62 @@ class EChatStage(L.LightningModule):
         if self._answered is None or self._answered[0] is not batch:
             training = self.model.training
             self.model.eval()
-            self._answered = (batch, generate(self.model, batch, self.dialogue_tokenizer, self.decoding))
+            self._answered = (batch, self._answer(batch))
             self.model.train(training)
             if training:
                 frozen_in_eval(self.model)
+            reshard(self)
         return self._answered[1]
+
+    def _answer(self, batch: PackedBatch) -> list[GeneratedReply]:
+        """Generate. Ranks that share a sharded network take the same steps until the last of them is done."""
+        assert self.model is not None
+        if sharded(self._trainer) is None:
+            return generate(self.model, batch, self.dialogue_tokenizer, self.decoding)
+        config = self.decoding
+        asked = batch
+        if not batch.references:
+            # This rank has nothing to ask and yet must be there: it answers a question of one id, with one id.
+            asked, config = self._no_question(batch), replace(config, max_text_ids=1)
+        replies = generate(
+            self.model,
+            asked,
+            self.dialogue_tokenizer,
+            config,
+            goes_on=lambda writing: any_rank(writing, batch.input_ids.device),
+        )
+        return replies if batch.references else []
+
+    def _no_question(self, batch: PackedBatch) -> PackedBatch:
+        padding = self.dialogue_tokenizer.vocabulary.padding
+        nobody = DialogueReference(key="", task="text_to_text", prompt_length=1, length=1)
+        empty = collate([], padding=padding, mel_bins=self.tokens.mel_bins)
+        empty.references = [nobody]
+        return self.trainer.strategy.batch_to_device(empty, batch.input_ids.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to build the network again, as plain values."""
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
+        checkpoint["random_states"] = gathered(_random_state())
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
+        recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
+        states = checkpoint.get("random_states", [])
+        self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
+
+    def _restore_random_state(self) -> None:
+        """Go on drawing dropout as the run would have, where the number of ranks is the same."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
+            self._random_state = None
+
+    def _validate(self, batch: PackedBatch) -> TokenLoss:
+        return self._losses(batch)[1]
 
     def _losses(self, batch: PackedBatch) -> tuple[EChatOutput, TokenLoss]:
         assert self.model is not None
@@ -206,14 +277,33 @@ class EChatStage(L.LightningModule):
         assert self.model is not None
         if self.model.auxiliary is None:
             return 0.0
-        characters, labels = self.model.auxiliary(output.encoder_frames, output.encoder_lengths)
+        heard, weights = output.heard, self.auxiliary_weights
+        characters, labels = self.model.auxiliary(heard.encoder_frames, heard.encoder_lengths)
+        text = self.model.lm.text_head(heard.adapter_outputs) if weights.text_ctc else characters[:0]
         if batch.log_mels.shape[0] == 0:
-            return 0.0 * (characters.sum() + torch.stack([logits.sum() for logits in labels.values()]).sum())
-        ctc = ctc_loss_sum(characters, output.encoder_lengths, batch.clip_characters, batch.clip_character_lengths)
+            return 0.0 * sum(logits.sum() for logits in (characters, text, *labels.values()))
         label = label_loss_sum(labels, batch.clip_labels, tuple(LABEL_SETS))
-        self.log("train/loss/ctc", ctc.detach() / batch.clip_character_lengths.sum().clamp_min(1))
         self.log("train/loss/labels", label.detach() / max(1, len(labels) * batch.log_mels.shape[0]))
-        return self.auxiliary_weights.ctc * ctc + self.auxiliary_weights.labels * label
+        total = weights.labels * label + weights.ctc * self._ctc_loss(
+            "ctc", characters, heard.encoder_lengths, batch.clip_characters, batch.clip_character_lengths
+        )
+        if weights.text_ctc:
+            lengths, ids = heard.adapter_lengths, batch.clip_transcript_ids
+            # No transcript holds the end of text: it stands for no target.
+            blank = self.model.vocabulary.end_of_text
+            total = total + weights.text_ctc * self._ctc_loss(
+                "text_ctc", text, lengths, ids, batch.clip_transcript_lengths, blank=blank
+            )
+        return total
+
+    def _ctc_loss(
+        self, name: str, logits: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, *, blank: int = 0
+    ) -> Tensor:
+        """See `ctc_loss_sum`. Logs the mean a target, and the share of targets that fit into their frames."""
+        loss, scored = ctc_loss_sum(logits, lengths, targets, target_lengths, blank=blank)
+        self.log(f"train/loss/{name}", loss.detach() / scored.clamp_min(1))
+        self.log(f"train/{name}_share", scored / target_lengths.sum().clamp_min(1))
+        return loss
 
     def _log_training(self, loss: TokenLoss) -> None:
         """Log means; only at logging steps, as reading a count makes an accelerator wait."""
@@ -240,6 +330,26 @@ def _means(loss: TokenLoss) -> list[tuple[str, Tensor, int]]:
         ("text", loss.text.detach() / loss.num_text.clamp_min(1), int(loss.num_text)),
         ("speech", loss.speech.detach() / loss.num_speech.clamp_min(1), int(loss.num_speech)),
     ]
+
+
+def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
+    """Turn the progress of a run into what it would be with another accumulation, as with another number of ranks.
+
+    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one.
+    """
+    before = checkpoint.get("accumulate_grad_batches", accumulate)
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for counts in (progress.get("total", {}), progress.get("current", {})):
+        for name, count in counts.items():
+            counts[name] = count // before * accumulate if before != accumulate else count
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Of torch's generators on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def load_pretrained_parts(model: EChatModel) -> None:

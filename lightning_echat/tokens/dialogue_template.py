@@ -6,21 +6,25 @@ A row of one dialogue reads, with * where the loss counts (the target of a posit
 
 A spoken query is `input_speech_begin`, one placeholder per adapter output, `input_speech_end`. The target is the
 answer's text and its end of text, then for spoken targets the speech ids between boundaries, or both interleaved.
-Earlier turns hold the reply's text alone: what the model thought and how it sounded is not carried along.
+Earlier turns hold the reply's text, and its speech where the prompt set's `history` asks for it: what the model thought
+is not carried along.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lightning_echat.contracts import (
     IGNORE_INDEX,
+    MODEL_TYPE,
     AudioClip,
     DialogueReference,
     DialogueSample,
@@ -64,6 +68,17 @@ class TokensConfig:
     speech_tokenizer: str | None = None
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name; `UserError` when it cannot be loaded."""
+    try:
+        config = Path(name) / "config.json"
+        # In a converted folder transformers would look at config.json, which is ours, and warn that it is.
+        ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+        return AutoTokenizer.from_pretrained(name, **({"config": PreTrainedConfig()} if ours else {}))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load tokenizer {name!r}: {(str(error).splitlines() or ['?'])[0]}") from error
+
+
 @dataclass(slots=True, kw_only=True)
 class _Draft:
     """A row under construction: ids, which of them are targets, and the clips met so far."""
@@ -103,11 +118,7 @@ class DialogueTokenizer:
     @classmethod
     def from_config(cls, config: TokensConfig) -> DialogueTokenizer:
         """Load tokenizer and prompt set; `UserError` when the tokenizer cannot be loaded."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot load tokenizer {config.tokenizer!r}: {reason}") from error
+        tokenizer = load_tokenizer(config.tokenizer)
         vocabulary = Vocabulary.of(tokenizer, text_size=config.text_vocabulary_size, codebook_size=config.codebook_size)
         return cls(
             tokenizer,
@@ -177,24 +188,29 @@ class DialogueTokenizer:
             raise SampleRejected("no user turn")
         query = until_query[-1]
         if task.traits.converses:
-            self._add_history(draft, until_query[:-1], listens=task.traits.listens)
+            self._add_history(draft, until_query[:-1], task)
         draft.add(self._encode_fixed(self.prompt_set.user))
         draft.add(self._encode_fixed(self.prompt_set.instruction(task, choice)))
         self._add_query(draft, query, listens=task.traits.listens)
         draft.add(self._encode_fixed(self.prompt_set.assistant))
         return draft, reply if task.traits.converses else query, query
 
-    def _add_history(self, draft: _Draft, turns: Sequence[Turn], *, listens: bool) -> None:
+    def _add_history(self, draft: _Draft, turns: Sequence[Turn], task: DialogueTask) -> None:
+        form = self.prompt_set.history
         for turn in turns:
             if turn.role == "user":
                 draft.add(self._encode_fixed(self.prompt_set.user))
-                self._add_query(draft, turn, listens=listens)
-                draft.add(self._encode_fixed(self.prompt_set.assistant))
-            else:
-                draft.add([*self.encode(turn.text), self.vocabulary.end_of_text])
-                draft.add(self._encode_fixed(self.prompt_set.turn_end))
+                self._add_query(draft, turn, listens=task.traits.listens, marked=form.speech_marks)
+                draft.add(self._encode_fixed(form.assistant))
+                continue
+            draft.add(self.encode(turn.text))
+            if form.end_of_text:
+                draft.add([self.vocabulary.end_of_text])
+            if form.speech_codes and task.traits.speaks and turn.speech_codes is not None:
+                draft.add(codes_to_ids(turn.speech_codes, self.vocabulary))
+            draft.add(self._encode_fixed(form.turn_end))
 
-    def _add_query(self, draft: _Draft, turn: Turn, *, listens: bool) -> None:
+    def _add_query(self, draft: _Draft, turn: Turn, *, listens: bool, marked: bool = True) -> None:
         if not listens:
             if not turn.text:
                 raise SampleRejected("no query text")
@@ -205,17 +221,20 @@ class DialogueTokenizer:
         length = num_embeddings(turn.log_mel.shape[0], self.audio_strides)
         if length == 0:
             raise SampleRejected("empty query audio")
-        draft.add([self.vocabulary.input_speech_begin])
+        if marked:
+            draft.add([self.vocabulary.input_speech_begin])
         clip = AudioClip(
             log_mel=turn.log_mel,
             start=len(draft.ids),
             length=length,
             labels=class_indices(turn.labels),
             characters=spell(turn.text),
+            transcript_ids=torch.tensor(self.encode(turn.text), dtype=torch.long),
         )
         draft.clips.append(clip)
         draft.add([self.vocabulary.audio_placeholder] * length)
-        draft.add([self.vocabulary.input_speech_end])
+        if marked:
+            draft.add([self.vocabulary.input_speech_end])
 
     def _target(self, turn: Turn | None, query: Turn | None, task: DialogueTask) -> list[int]:
         """The supervised ids, ends included."""

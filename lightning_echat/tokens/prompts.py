@@ -18,16 +18,36 @@ _FOLDER = Path(__file__).parent / "prompt_sets"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryFormat:
+    """How an earlier exchange of a conversation is written, where that differs from the one that is answered.
+
+    Attributes:
+        assistant: Closes an earlier user turn and opens the reply to it.
+        turn_end: Follows an earlier reply.
+        speech_marks: Whether the marks of input speech stand around an earlier spoken query.
+        end_of_text: Whether the text of an earlier reply keeps its end of text.
+        speech_codes: Whether an earlier reply keeps its speech codes, for tasks that speak.
+    """
+
+    assistant: str
+    turn_end: str
+    speech_marks: bool = True
+    end_of_text: bool = True
+    speech_codes: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
     """The wording of prompts and headers.
 
     Attributes:
         name: How reports call it.
         system: Task name -> system block as it stands at the start of the row, markers included.
-        instructions: Task name -> instructions, one of which precedes the query; may hold {labels}.
+        instructions: Task name -> instructions, one of which precedes the query; may hold {labels}. Those under
+            `NAME LABELS`, for instance "label age, gender", are for these label sets alone and come first.
         user: Opens a user turn.
         assistant: Closes a user turn and opens the assistant's.
-        turn_end: Follows the end of text of an earlier assistant turn.
+        history: How earlier exchanges are written.
         thinking: The wording of label thinking.
     """
 
@@ -36,25 +56,32 @@ class PromptSet:
     instructions: dict[str, list[str]]
     user: str
     assistant: str
-    turn_end: str
+    history: HistoryFormat
     thinking: ThinkingFormat = field(default_factory=ThinkingFormat)
 
     def instruction(self, task: DialogueTask, choice: int) -> str:
         """The instruction number `choice` (modulo how many there are), labels filled in; empty where there is none."""
-        wordings = self.instructions.get(task.name, [])
+        labels = ", ".join(task.labels)
+        wordings = self.instructions.get(f"{task.name} {labels}") or self.instructions.get(task.name)
         if not wordings:
             return ""
-        return wordings[choice % len(wordings)].replace("{labels}", ", ".join(task.labels))
+        return wordings[choice % len(wordings)].replace("{labels}", labels)
 
 
-def load_prompt_set(name_or_path: str) -> PromptSet:
-    """Read a prompt set that the package ships, by name, or any YAML file of the same form, by path."""
+def prompt_set_file(name_or_path: str) -> Path:
+    """The YAML file of a prompt set that the package ships, by name, or any of the same form, by path."""
     shipped = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, shipped, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped)}, or give a YAML file"
         raise UserError(f"no prompt set {name_or_path!r}; {hint}")
+    return path
+
+
+def load_prompt_set(name_or_path: str) -> PromptSet:
+    """Read the prompt set that `prompt_set_file` finds; `UserError` when it is not of the form."""
+    path = prompt_set_file(name_or_path)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return _prompt_set(content)
@@ -79,9 +106,22 @@ def _prompt_set(content: dict[str, Any]) -> PromptSet:
         system={
             name: system.replace("{text}", entry["system"]) if entry["system"] else "" for name, entry in tasks.items()
         },
-        instructions={name: list(entry.get("instructions", [])) for name, entry in tasks.items()},
+        instructions=_instructions(tasks),
         user=content["user"],
         assistant=content["assistant"],
-        turn_end=content["turn_end"],
+        history=HistoryFormat(
+            **{"assistant": content["assistant"], "turn_end": content["turn_end"], **content.get("history", {})}
+        ),
         thinking=ThinkingFormat(**thinking),
     )
+
+
+def _instructions(tasks: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Instructions of each task, and those that are for certain label sets only, as `PromptSet.instruction` looks."""
+    found = {name: list(entry.get("instructions", [])) for name, entry in tasks.items()}
+    for name, entry in tasks.items():
+        for labels, wordings in entry.get("instructions_for", {}).items():
+            if unknown := [label for label in labels.split(", ") if label not in LABEL_SETS]:
+                raise KeyError(f"tasks.{name}.instructions_for.{unknown[0]} is no label set")
+            found[f"{name} {labels}"] = list(wordings)
+    return found

@@ -51,6 +51,8 @@ def make_batch(
         clip_labels=torch.full((1, len(LABEL_SETS)), IGNORE_INDEX),
         clip_characters=torch.zeros(1, 0, dtype=torch.long),
         clip_character_lengths=one * 0,
+        clip_transcript_ids=torch.zeros(1, 0, dtype=torch.long),
+        clip_transcript_lengths=one * 0,
         references=list(references),
         health=health or {},
     )

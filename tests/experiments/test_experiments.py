@@ -146,7 +146,7 @@ def test_a_wrong_key_in_an_experiment_is_refused(capsys, tmp_path):
 
 SIZES = (
     r"ckpt_path",
-    r"trainer\.(max_steps|accumulate_grad_batches|devices|strategy|val_check_interval|default_root_dir|log_every_n_steps|callbacks\b.*)",
+    r"trainer\.(max_steps|accumulate_grad_batches|devices|strategy\b.*|val_check_interval|default_root_dir|log_every_n_steps|callbacks\b.*)",
     r"model\.init_args\.(tokens|network|optimizer|scheduler|auxiliary|trainable|init_from)\b.*",
     r"data\.init_args\..*",
 )

@@ -240,7 +240,7 @@ def test_every_step_of_the_cache_is_a_full_pass(tokens, tokenizer, name):
     reply = generate(model, longest, tokenizer, SHORT)[0]
     prompts = extract_prompts(longest, padding=0)
     length = prompts.references[0].prompt_length
-    embeddings, _, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
+    embeddings, _ = model.hear(prompts, model.lm.embed(prompts.input_ids))
     vocabulary = tokenizer.vocabulary
     codes = (reply.speech_codes + vocabulary.first_code).tolist()
     text = [*reply.text_ids, vocabulary.end_of_text]

@@ -127,7 +127,8 @@ def test_ctc_counts_the_clips_that_have_a_transcript():
     targets = torch.tensor([[1, 2, 3], [4, 4, 0], [0, 0, 0], [1, 2, 3]])
     # The third has no transcript, the fourth more characters than frames.
     target_lengths = torch.tensor([3, 2, 0, 3])
-    found = ctc_loss_sum(logits, lengths, targets, target_lengths)
+    found, scored = ctc_loss_sum(logits, lengths, targets, target_lengths)
+    assert int(scored) == 5
     expected = torch.zeros(())
     for clip in (0, 1):
         log_probs = logits[clip, : lengths[clip]].log_softmax(1)[:, None]
@@ -144,11 +145,20 @@ def test_ctc_counts_the_clips_that_have_a_transcript():
     assert [bool(gradient.any()) for gradient in logits.grad] == [True, True, False, False]
 
 
+def test_any_class_may_be_the_blank_of_ctc():
+    torch.manual_seed(0)
+    logits, lengths, ones = torch.randn(1, 9, 6), torch.tensor([9]), torch.tensor([3])
+    found, _ = ctc_loss_sum(logits, lengths, torch.tensor([[0, 2, 1]]), ones, blank=5)
+    # The same with the classes turned by one, so that the last becomes the first.
+    expected, _ = ctc_loss_sum(logits.roll(1, 2), lengths, torch.tensor([[1, 3, 2]]), ones)
+    torch.testing.assert_close(found, expected)
+
+
 def test_ctc_without_any_transcript_is_nothing():
     logits = torch.randn(2, 5, 6, requires_grad=True)
     none = torch.zeros(2, dtype=torch.long)
-    found = ctc_loss_sum(logits, torch.tensor([5, 3]), torch.zeros(2, 0, dtype=torch.long), none)
-    assert found.item() == 0
+    found, scored = ctc_loss_sum(logits, torch.tensor([5, 3]), torch.zeros(2, 0, dtype=torch.long), none)
+    assert found.item() == scored.item() == 0
     found.backward()
     assert logits.grad is not None and not logits.grad.any()
 

@@ -30,6 +30,7 @@ def dialogue(number: int, *, length: int = 10, frames: int | None = 16, supervis
                 length=-(-frames // 8),
                 labels=torch.tensor([number % 2, 0, 1, IGNORE_INDEX, 0]),
                 characters=torch.arange(number % 4) + 1,
+                transcript_ids=torch.arange(number % 3) + 1,
             )
         ]
     reference = DialogueReference(key=str(number), task="transcribe", prompt_length=4)
@@ -40,7 +41,7 @@ def dialogue(number: int, *, length: int = 10, frames: int | None = 16, supervis
 
 def many(count: int, *, seed: int = 0) -> list[TokenizedDialogue]:
     random = Random(seed)
-    return [dialogue(i + 1, length=random.randint(8, 90), frames=random.randint(10, 300)) for i in range(count)]
+    return [dialogue(i + 1, length=random.randint(8, 90), frames=random.randint(40, 900)) for i in range(count)]
 
 
 def test_a_dialogue_a_row_is_padded_at_its_end_only():
@@ -83,13 +84,17 @@ def test_clips_keep_their_place_their_frames_and_their_labels():
     assert batch.clip_starts.tolist() == [2, 12, 12]
     assert batch.clip_lengths.tolist() == [2, 5, 1]
     assert batch.log_mel_lengths.tolist() == [16, 40, 8]
-    assert batch.log_mels.shape == (3, 40, 80)
+    # 40 frames, rounded up so that few shapes occur.
+    assert batch.log_mels.shape == (3, 64, 80)
     assert batch.log_mels[0, :16].eq(1).all() and batch.log_mels[0, 16:].eq(0).all()
     assert batch.clip_labels[:, 0].tolist() == [1, 0, 0]
     assert batch.clip_character_lengths.tolist() == [1, 2, 0]
     assert batch.clip_characters.tolist() == [[1, 0], [1, 2], [0, 0]]
+    # arange(number % 3) + 1 of dialogues 1, 2 and 4.
+    assert batch.clip_transcript_ids.tolist() == [[1, 0], [1, 2], [1, 0]]
+    assert batch.clip_transcript_lengths.tolist() == [1, 2, 1]
     assert batch.audio_seconds == pytest.approx(0.64)
-    assert frame_padding_share(batch) == pytest.approx(1 - 64 / 120)
+    assert frame_padding_share(batch) == pytest.approx(1 - 64 / 192)
 
 
 def test_a_batch_without_audio_has_no_clip():

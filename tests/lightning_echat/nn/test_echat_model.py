@@ -75,7 +75,7 @@ def test_a_batch_without_audio_reaches_every_part_with_a_gradient(tokens, tokeni
     batch = dummy_batch(tokenizer, [WRITTEN, WRITTEN])
     assert batch.log_mels.shape[0] == 0
     output = model(batch)
-    assert output.encoder_frames.shape[0] == 1
+    assert output.heard.encoder_frames.shape[0] == 1
     loss = token_loss(
         output.hidden_states,
         batch.labels,
@@ -84,7 +84,7 @@ def test_a_batch_without_audio_reaches_every_part_with_a_gradient(tokens, tokeni
         speech_head=model.lm.speech_head,
     )
     assert model.auxiliary is not None
-    characters, labels = model.auxiliary(output.encoder_frames, output.encoder_lengths)
+    characters, labels = model.auxiliary(output.heard.encoder_frames, output.heard.encoder_lengths)
     (loss.text + loss.speech + 0.0 * (characters.sum() + labels["age"].sum())).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert [name for name, gradient in gradients.items() if gradient is None] == []

@@ -14,6 +14,7 @@ from datamodules.spoken_dialogue import SpokenDialogueDataModule
 from lightning_echat.contracts import IGNORE_INDEX, UserError
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
+from lightning_echat.data.writers import ShardWriter
 from lightning_echat.decoding import DecodingConfig
 from lightning_echat.nn.weights import load_trained
 from lightning_echat.stages import base
@@ -22,7 +23,7 @@ from lightning_echat.stages.empathy import EmpathyStage
 from lightning_echat.stages.generation import GenerationStage
 from lightning_echat.stages.schedule import WarmupCosine
 from lightning_echat.stages.understanding import UnderstandingStage
-from lightning_echat.testing import dummy_batch, tiny_network_config, write_dummy_shards
+from lightning_echat.testing import dummy_batch, dummy_dialogue, tiny_network_config, write_dummy_shards
 from lightning_echat.tokens.tasks import DialogueTask
 
 ADAM = partial(torch.optim.AdamW, lr=1e-2)
@@ -165,12 +166,34 @@ def test_auxiliary_losses_teach_the_encoder(tmp_path, tokens, shards):
         UnderstandingStage(tokens=tokens, network=tiny_network_config(), auxiliary=AuxiliaryWeights(ctc=0.5))
 
 
+def test_text_ctc_brings_what_the_adapter_puts_out_near_the_embeddings_of_the_words(tmp_path, tokens):
+    """Read with the text head, the outputs must spell the transcript after a while: the loss falls below guessing."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        for number in range(4):
+            # Eight seconds of frames for a text of bytes: dummy speech is shorter than its spelling otherwise.
+            writer.write(dummy_dialogue(number, seconds=8.0))
+    losses = []
+    for steps in (1, 40):
+        stage = UnderstandingStage(
+            tokens=tokens,
+            network=tiny_network_config(auxiliary_labels=("age",)),
+            optimizer=ADAM,
+            trainable=["*"],
+            auxiliary=AuxiliaryWeights(text_ctc=1.0),
+        )
+        running = trainer(tmp_path / str(steps), max_steps=steps)
+        running.fit(stage, data(tokens, str(tmp_path / "shards"), TASKS[UnderstandingStage]))
+        losses.append(float(running.logged_metrics["train/loss/text_ctc"]))
+        assert running.logged_metrics["train/text_ctc_share"] == 1
+    assert losses[1] < 0.6 * losses[0]
+
+
 def test_a_batch_without_audio_trains_beside_auxiliary_losses(tmp_path, tokens, shards):
     stage = EmpathyStage(
         tokens=tokens,
         network=tiny_network_config(auxiliary_labels=("age",)),
         optimizer=ADAM,
-        auxiliary=AuxiliaryWeights(ctc=0.5, labels=1.0),
+        auxiliary=AuxiliaryWeights(ctc=0.5, text_ctc=0.5, labels=1.0),
     )
     trainer(tmp_path, max_steps=1).fit(stage, data(tokens, shards, [TaskConfig(kind="text_to_text")]))
     assert stage.model is not None
@@ -235,6 +258,7 @@ def test_a_hand_over_that_does_not_fit_stops_before_training(tmp_path, tokens, s
     stage.configure_model()
     running = trainer(tmp_path)
     running.strategy.connect(stage)
+    stage.trainer = running
     running.save_checkpoint(tmp_path / "a.ckpt")
     refused = EmpathyStage(tokens=tokens, network=grown, init_from=str(tmp_path / "a.ckpt"))
     with pytest.raises(UserError, match="init_new_parts"):

@@ -1,0 +1,255 @@
+"""The network over many processes: how it is cut, and checkpoints that every rank writes its part of.
+
+Sharding is PyTorch's FSDP2 (`fully_shard`) on Lightning's `ModelParallelStrategy`. The stage is the one root, and the
+steps that Lightning and callbacks call are its entries, as with DDP. Its own unit holds what is no block: embeddings
+and heads (tied in many models, and called once per chunk by the loss), norms and convolutions. Whole while a step
+runs, they are gathered once a step. Each block of the encoder, the adapter and the language model is a unit of its own,
+gathered when it computes. `docs/distributed.md` says when to use which strategy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from lightning_echat.contracts import UserError
+from lightning_echat.nn.echat_model import EChatModel
+from lightning_echat.nn.sharded_files import check_sharded
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP: parameters, gradients and optimizer state are spread over the ranks.
+
+    Args:
+        replicas: Copies of the sharded model (HSDP). 1 shards over all ranks; "nodes" shards within a node and
+            replicates across nodes, so that parameters never travel between nodes and only gradients do.
+        compute: Type of parameters and activations in a step. Master weights, gradients' sums and the optimizer stay
+            float32, as do the losses; norms compute in float32 on what they are given.
+        cpu_offload: Keep shards and optimizer state in the host's memory. Slow; for models that fit no other way.
+        timeout: A collective call that other ranks do not join fails after this long, on every rank.
+        process_group_backend: gloo or nccl; empty for the device's own.
+    """
+
+    def __init__(
+        self,
+        replicas: int | Literal["nodes"] = 1,
+        compute: Literal["float32", "bfloat16"] = "float32",
+        cpu_offload: bool = False,
+        timeout: timedelta = timedelta(minutes=10),
+        process_group_backend: str | None = None,
+    ) -> None:
+        # Lightning's own default is tensor parallel over a node: every rank would be given the same batch.
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            timeout=timeout,
+            process_group_backend=process_group_backend,
+        )
+        self.replicas = replicas
+        self.compute = compute
+        self.cpu_offload = cpu_offload
+        self._shard_mesh: DeviceMesh | None = None
+
+    def setup_environment(self) -> None:
+        """Connect the ranks, and lay them out as replicas of shards."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        replicas = self.num_nodes if isinstance(self.replicas, str) else self.replicas
+        if replicas < 1 or self.world_size % replicas:
+            raise UserError(
+                f"strategy.replicas is {replicas}, which does not divide the {self.world_size} processes of this run"
+            )
+        kind = self.root_device.type
+        if replicas == 1:
+            self._shard_mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
+        else:
+            shape = (replicas, self.world_size // replicas)
+            self._shard_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def shard(self, stage: L.LightningModule, model: EChatModel, *, entries: tuple[str, ...]) -> None:
+        """Cut the network of a stage. Parameters must have their values and be marked as trained or frozen by now.
+
+        Args:
+            stage: Becomes the root.
+            model: Its network, on the CPU.
+            entries: The stage's methods that run the network.
+        """
+        assert self._shard_mesh is not None
+        # Our own modules cast what they are given; a cast by the root would copy the batch.
+        policy = MixedPrecisionPolicy(
+            param_dtype=getattr(torch, self.compute), reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        options: dict[str, Any] = {"mesh": self._shard_mesh, "mp_policy": policy}
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.on_gpu) if self.cpu_offload else OffloadPolicy()
+        for block in blocks(model):
+            fully_shard(block, **options)
+        fully_shard(stage, **options)
+        for entry in entries:
+            register_fsdp_forward_method(stage, entry)
+        # One that is left whole would be trained by each rank on its own, without a word.
+        whole = [name for name, parameter in stage.named_parameters() if not isinstance(parameter, DTensor)]
+        assert not whole, f"not sharded: {whole}"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the ranks compute on GPUs."""
+        return self.root_device.type == "cuda"
+
+    def model_to_device(self) -> None:
+        """Move what is not there yet; offloaded shards stay where they are, buffers go."""
+        assert self.model is not None
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.root_device)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Every rank writes its shards to a folder of another name, which is renamed once all is on disk.
+
+        Raises:
+            UserError: On every rank, where one of them could not write. What was saved before is untouched.
+        """
+        path = Path(self.broadcast(str(filepath)))
+        partial = path.with_name(f".{path.name}.partial")
+        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+            if self.is_global_zero:
+                _discard(partial)
+        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        with self._together(f"cannot save checkpoint {path}", otherwise=lambda: _discard(partial)):
+            if self.is_global_zero:
+                _commit(partial, path)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Each rank reads its part, whatever the number of ranks that wrote; a single file is read too."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        if path.is_dir():
+            check_sharded(path)
+        loaded: dict[str, Any] = {}
+        with self._together(f"cannot load checkpoint {path}"):
+            loaded = super().load_checkpoint(path, weights_only)
+        return loaded
+
+    @contextmanager
+    def _together(self, what: str, *, otherwise: Callable[[], None] | None = None) -> Iterator[None]:
+        """Ends on all ranks alike: when one fails, all raise and name it; none waits for a rank that is gone.
+
+        Args:
+            what: Opens the message.
+            otherwise: What rank 0 does after a failure.
+        """
+        problem, own = "", None
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
+            own, problem = error, _problem(error, self.global_rank)
+        problems: list[str] = [problem] * self.world_size
+        if dist.is_initialized():
+            dist.all_gather_object(problems, problem)
+        if any(problems):
+            if otherwise is not None and self.is_global_zero:
+                otherwise()
+            raise UserError(f"{what}: {next(text for text in problems if text)}") from own
+
+
+def _problem(error: BaseException, rank: int) -> str:
+    """Whose trouble it is and what, in one line; DCP raises on every rank what one of them met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (error, _) = next(iter(error.failures.items()))
+    lines = str(error).splitlines()
+    return f"rank {rank}: {lines[0] if lines else type(error).__name__}"
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _commit(partial: Path, path: Path) -> None:
+    """Give a complete folder its name; one that bears the name already is replaced, and whole until then."""
+    replaced = path.with_name(f".{path.name}.replaced")
+    _discard(replaced)
+    if path.is_dir():
+        path.rename(replaced)
+    elif path.exists():
+        path.unlink()
+    partial.rename(path)
+    _discard(replaced)
+
+
+def blocks(model: EChatModel) -> list[nn.Module]:
+    """The repeated blocks of the network in the order in which they compute: what is sharded and compiled by itself."""
+    return [*model.encoder.layers, *model.encoder.convolutions, *model.adapter.layers, *language_blocks(model)]
+
+
+def language_blocks(model: EChatModel) -> list[nn.Module]:
+    """The layers of the language model, whatever its family calls them."""
+    llm = model.lm.causal_lm
+    count = llm.config.num_hidden_layers
+    for module in llm.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise UserError(f"{type(llm).__name__} has no list of its {count} layers, so it cannot be sharded; train it whole")
+
+
+def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
+    """The strategy of a run whose network is sharded."""
+    strategy = None if trainer is None else trainer.strategy
+    return strategy if isinstance(strategy, ShardedStrategy) else None
+
+
+def reshard(stage: L.LightningModule) -> None:
+    """Give up what the root still holds of the whole after a step without backward."""
+    if isinstance(stage, FSDPModule):
+        stage.reshard()
+
+
+def any_rank(value: bool, device: torch.device) -> bool:
+    """Whether it is true on one rank at least: a collective call."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, shared with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The value of every rank, in their order: a collective call."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Mapping[str, Any]] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

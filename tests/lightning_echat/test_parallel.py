@@ -1,0 +1,409 @@
+"""The same numbers however the network is spread, and no rank that waits for another for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
+
+from callbacks.empathy_evaluation import EmpathyEvaluation
+from callbacks.paralinguistic_accuracy import ParalinguisticAccuracy
+from callbacks.stage_checkpoint import StageCheckpoint
+from lightning_echat.checkpoints.consolidate import consolidate
+from lightning_echat.command_errors import explain_lost_rank
+from lightning_echat.contracts import PackedBatch, UserError
+from lightning_echat.decoding import DecodingConfig
+from lightning_echat.nn.echat_model import NetworkConfig
+from lightning_echat.nn.speech_language_model import LoRAConfig
+from lightning_echat.nn.weights import latest_checkpoint, load_trained
+from lightning_echat.parallel import ShardedStrategy
+from lightning_echat.stages.base import EChatStage
+from lightning_echat.testing import dummy_batch, tiny_network_config
+from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
+from lightning_echat.tokens.tasks import task_from_name
+from tests.ranks import run_on_ranks, statuses_of_ranks
+from tests.tiny_training import Listed, batches_of, make_stage, make_trainer, recorded, train
+
+ADAM = partial(torch.optim.AdamW, lr=0.01)
+LIMIT = timedelta(seconds=60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A training: how it is spread, and what of the network trains.
+
+    Attributes:
+        sharding: Options of `ShardedStrategy`; None for DDP.
+        again: Parts whose layers are computed again in backward.
+        lora: Whether the language model is adapted by LoRA.
+        trainable: Patterns of what trains.
+        tolerance: Of the curve and of the weights.
+    """
+
+    sharding: dict[str, Any] | None = field(default_factory=dict)
+    again: tuple[str, ...] = ()
+    lora: bool = False
+    trainable: tuple[str, ...] = ("*",)
+    tolerance: float = 1e-5
+
+    def network(self) -> NetworkConfig:
+        lora = LoRAConfig(rank=4, dropout=0.0) if self.lora else None
+        config = tiny_network_config(auxiliary_labels=("age", "emotion"), lora=lora)
+        again = {part: replace(getattr(config, part), gradient_checkpointing=True) for part in self.again}
+        return replace(config, **again)
+
+    def train(self, tokens: TokensConfig, folder: Path, *, alone: bool = False, world: int = 2) -> None:
+        micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
+        stage = make_stage(tokens, network=self.network(), trainable=list(self.trainable))
+        options: dict[str, Any] = {"gradient_clip_val": 0.5}
+        if not alone:
+            strategy = DDPStrategy(timeout=LIMIT) if self.sharding is None else sharding(**self.sharding)
+            options |= {"strategy": strategy, "devices": world, "accumulate_grad_batches": 4 // world}
+        train(stage, whole if alone else micro, folder, **options)
+
+
+CASES = {
+    "DDP": Case(sharding=None),
+    "FSDP": Case(),
+    "FSDP, a replica a rank": Case(sharding={"replicas": 2}),
+    "FSDP, encoder computed again": Case(again=("encoder",)),
+    "FSDP, language model computed again": Case(again=("llm",)),
+    "FSDP, offloaded": Case(sharding={"cpu_offload": True}),
+    "FSDP, encoder frozen": Case(trainable=("adapter.*", "lm.*")),
+    "FSDP, language model frozen": Case(trainable=("encoder.*", "adapter.*"), again=("encoder", "llm")),
+    "FSDP, LoRA": Case(lora=True),
+    "FSDP, bfloat16": Case(sharding={"compute": "bfloat16"}, tolerance=2e-2),
+}
+
+
+def sharding(**options: Any) -> ShardedStrategy:
+    return ShardedStrategy(timeout=LIMIT, **options)
+
+
+def train_cases(tokens: TokensConfig, folder: Path, cases: dict[str, Case], world: int = 2) -> None:
+    for name, case in cases.items():
+        case.train(tokens, folder / name, world=world)
+
+
+def test_every_way_of_spreading_gives_the_curve_and_weights_of_one_process(tmp_path, tokens):
+    """A loss that is divided by a rank's own ids, a norm of a part, a part that one rank does not reduce.
+
+    The ranks' batches lack audio, text targets, speech targets or everything, each on one rank only: a rank that
+    leaves out a collective call hangs here.
+    """
+    run_on_ranks(train_cases, tokens, tmp_path, CASES)
+    _compare_with_one_process(tokens, tmp_path, CASES, window=2)
+
+
+@pytest.mark.slow
+def test_replicas_of_shards_give_the_curve_of_one_process(tmp_path, tokens):
+    """With four ranks both dimensions of the mesh are real."""
+    cases = {
+        "FSDP": Case(),
+        "HSDP": Case(sharding={"replicas": 2}),
+        "HSDP, computed again": Case(sharding={"replicas": 2}, again=("encoder", "llm")),
+        "HSDP, LoRA": Case(sharding={"replicas": 2}, lora=True),
+    }
+    run_on_ranks(train_cases, tokens, tmp_path, cases, 4, ranks=4)
+    _compare_with_one_process(tokens, tmp_path, cases, window=1)
+
+
+def _compare_with_one_process(tokens: TokensConfig, folder: Path, cases: dict[str, Case], *, window: int) -> None:
+    ones: dict[Any, tuple[list[float], dict[str, Tensor]]] = {}
+    for name, case in cases.items():
+        alike = (case.lora, case.trainable)
+        if alike not in ones:
+            one = folder / f"one, as {name}"
+            replace(case, again=()).train(tokens, one, alone=True)
+            ones[alike] = recorded(one)
+        curve, weights = ones[alike]
+        spread, ends = recorded(folder / name, window=window)
+        assert spread == pytest.approx(curve, rel=case.tolerance), name
+        assert ends.keys() == weights.keys()
+        for key, tensor in weights.items():
+            close = {"atol": case.tolerance, "rtol": case.tolerance, "msg": lambda m, n=f"{name}: {key}": f"{n}: {m}"}
+            torch.testing.assert_close(ends[key], tensor, **close)
+
+
+class KeepAnswers(Callback):
+    """Each rank writes down what its model answers in validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answers: dict[str, Any] = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(pl_module, EChatStage)
+        for reply in pl_module.answers(batch):
+            key = f"{trainer.global_step} {reply.reference.key}"
+            self.answers[key] = (reply.text_ids, reply.speech_codes.tolist(), reply.finished)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self.folder.mkdir(exist_ok=True, parents=True)
+        torch.save({"answers": self.answers, "metrics": metrics}, self.folder / f"answers{trainer.global_rank}.pt")
+
+
+def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False) -> None:
+    tokenizer = DialogueTokenizer.from_config(tokens)
+    micro, whole = batches_of(tokenizer)
+    spoken, written = task_from_name("text_to_speech"), task_from_name("speech_to_text.label_thinking")
+    heard = task_from_name("transcribe_and_label", labels=("age",))
+    # Rank 0 writes long text and then speech; rank 1 speech, and then it has nothing to answer.
+    tasks = [[written, heard], [spoken], [spoken, written], []]
+    validation = [dummy_batch(tokenizer, each, first=10 * n) for n, each in enumerate(tasks)]
+    decoding = DecodingConfig(max_text_ids=20, max_speech_ids=12)
+    spread: dict[str, Any] = {"strategy": sharding(), "devices": 2, "accumulate_grad_batches": 2}
+    train(
+        make_stage(tokens, decoding=decoding),
+        whole if alone else micro,
+        folder,
+        ParalinguisticAccuracy(),
+        EmpathyEvaluation(),
+        KeepAnswers(folder),
+        validation=validation,
+        val_check_interval=1 if alone else 2,
+        check_val_every_n_epoch=None,
+        **({} if alone else spread),
+    )
+
+
+def test_answers_and_metrics_of_a_sharded_network_are_those_of_a_whole_one(tmp_path, tokens):
+    """Ranks that answer to different lengths, or have nothing to answer, and go on training as if nothing had been."""
+    run_on_ranks(train_and_answer, tokens, tmp_path / "two")
+    train_and_answer(tokens, tmp_path / "one", alone=True)
+    one = torch.load(tmp_path / "one" / "answers0.pt")
+    ranks = [torch.load(tmp_path / "two" / f"answers{rank}.pt") for rank in (0, 1)]
+    assert len(one["answers"]) == 10 and not ranks[0]["answers"].keys() & ranks[1]["answers"].keys()
+    assert ranks[0]["answers"] | ranks[1]["answers"] == one["answers"]
+    lengths = [{len(text) + len(codes) for text, codes, _ in rank["answers"].values()} for rank in ranks]
+    assert lengths[0] != lengths[1], "the ranks should have written to different lengths"
+    assert "val/dialogue/accuracy/age" in one["metrics"] and "val/dialogue/empathy/mean" in one["metrics"]
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    assert recorded(tmp_path / "two", window=2)[0] == pytest.approx(recorded(tmp_path / "one")[0], rel=1e-5)
+
+
+def saving(folder: Path) -> StageCheckpoint:
+    return StageCheckpoint(dirpath=folder, save_last="link", save_top_k=-1, every_n_train_steps=1)
+
+
+def train_part(
+    tokens: TokensConfig, folder: Path, *, world: int, strategy: Strategy | None, ckpt_path: Path | None = None
+) -> None:
+    """Two steps with saving, or the second of them from a checkpoint of the first."""
+    micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
+    accumulate = 4 // world if strategy else 1
+    spread: dict[str, Any] = {"strategy": strategy, "devices": world} if strategy else {"devices": 1}
+    train(
+        make_stage(tokens, optimizer=ADAM),
+        micro if strategy else whole,
+        folder,
+        *([] if ckpt_path else [saving(folder / "checkpoints")]),
+        first=accumulate if ckpt_path else 0,
+        ckpt_path=ckpt_path,
+        max_steps=2,
+        accumulate_grad_batches=accumulate,
+        enable_checkpointing=ckpt_path is None,
+        **spread,
+    )
+
+
+def train_sharded(tokens: TokensConfig, folder: Path, world: int, ckpt_path: Path | None = None) -> None:
+    train_part(tokens, folder, world=world, strategy=sharding(), ckpt_path=ckpt_path)
+
+
+def save_and_go_on(tokens: TokensConfig, folder: Path) -> None:
+    train_sharded(tokens, folder / "two", 2)
+    train_sharded(tokens, folder / "two to two", 2, folder / "two" / "checkpoints" / "epoch=0-step=1.ckpt")
+    hand_over(tokens, folder / "two")
+
+
+def hand_over(tokens: TokensConfig, folder: Path) -> None:
+    """The next stage adds LoRA, and is sharded itself."""
+    network = tiny_network_config(lora=LoRAConfig(rank=4, dropout=0.0), auxiliary_labels=("age", "emotion"))
+    stage = make_stage(tokens, network=network, init_from=str(folder), init_new_parts=["*.lora_*"])
+    micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+    train(stage, micro[:2], folder / "lora", strategy=sharding(), devices=2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, tokens: TokensConfig) -> Path:
+    """A folder with what `save_and_go_on` leaves."""
+    folder = tmp_path_factory.mktemp("sharded")
+    run_on_ranks(save_and_go_on, tokens, folder)
+    return folder
+
+
+def same_ends(first: Path, second: Path, *, tolerance: float, windows: tuple[int, int] = (2, 2)) -> None:
+    (curve, weights), (other, others) = (recorded(f, window=w) for f, w in zip((first, second), windows, strict=True))
+    assert other[-1] == pytest.approx(curve[-1], rel=max(tolerance, 1e-12))
+    for key, tensor in weights.items():
+        torch.testing.assert_close(others[key], tensor, atol=tolerance, rtol=tolerance)
+
+
+def test_a_sharded_run_goes_on_to_the_bit(two):
+    """Optimizer state that is lost, or a window that begins with ids of another."""
+    same_ends(two / "two", two / "two to two", tolerance=0.0)
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_from_one_file_without_any(tmp_path, two, tokens, capsys):
+    """Sharded on one rank; and as a single file on a single process that knows nothing of sharding."""
+    step_1 = two / "two" / "checkpoints" / "epoch=0-step=1.ckpt"
+    run_on_ranks(train_sharded, tokens, tmp_path / "sharded", 1, step_1, ranks=1)
+    same_ends(two / "two", tmp_path / "sharded", tolerance=1e-5, windows=(2, 4))
+    consolidate(step_1, tmp_path / "whole.ckpt")
+    assert "weights of step 1" in capsys.readouterr().out
+    train_part(tokens, tmp_path / "one", world=1, strategy=None, ckpt_path=tmp_path / "whole.ckpt")
+    same_ends(two / "two", tmp_path / "one", tolerance=1e-5, windows=(2, 1))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_more_ranks(tmp_path, two, tokens):
+    step_1 = two / "two" / "checkpoints" / "epoch=0-step=1.ckpt"
+    run_on_ranks(train_sharded, tokens, tmp_path / "four", 4, step_1, ranks=4)
+    same_ends(two / "two", tmp_path / "four", tolerance=1e-5, windows=(2, 1))
+    run_on_ranks(train_sharded, tokens, tmp_path / "one", 1, ranks=1)
+    step_1 = tmp_path / "one" / "checkpoints" / "epoch=0-step=1.ckpt"
+    run_on_ranks(train_sharded, tokens, tmp_path / "one to two", 2, step_1)
+    same_ends(tmp_path / "one", tmp_path / "one to two", tolerance=1e-5, windows=(4, 2))
+
+
+def test_commands_read_a_sharded_checkpoint_as_they_read_a_file(two, tokens, tokenizer):
+    trained = load_trained(two / "two")
+    _, weights = recorded(two / "two", window=2)
+    assert trained.step == 2 and trained.path.is_dir()
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.{name}"]), name
+
+
+def test_a_stage_starts_from_a_sharded_one_also_where_it_adds_parts(two):
+    """The weights under LoRA keep what the stage before has learned; only new parts move."""
+    _, before = recorded(two / "two", window=2)
+    _, after = recorded(two / "two" / "lora")
+    frozen = {name: name.replace("base_model.model.", "").replace(".base_layer", "") for name in after}
+    frozen = {new: old for new, old in frozen.items() if "lm.llm." in new and ".lora_" not in new}
+    assert len(frozen) > 10
+    for new, old in frozen.items():
+        assert torch.equal(after[new], before[old]), new
+
+
+def test_what_is_not_whole_is_passed_over_and_what_is_broken_is_named(tmp_path, two):
+    """A folder whose saving was cut short, a link to what is gone, a shard that is missing."""
+    run = tmp_path / "checkpoints"
+    run.mkdir()
+    source = two / "two" / "checkpoints" / "epoch=0-step=1.ckpt"
+    whole = run / "epoch=0-step=1.ckpt"
+    whole.mkdir()
+    for file in source.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+    (run / ".epoch=0-step=2.ckpt.partial").mkdir()
+    (run / "epoch=0-step=3.ckpt").mkdir()
+    (run / "last.ckpt").symlink_to("epoch=0-step=2.ckpt")
+    assert latest_checkpoint(tmp_path) == whole
+    (whole / "__1_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"lacks __1_0\.distcp"):
+        load_trained(tmp_path)
+
+
+def test_an_index_that_would_run_something_is_refused(tmp_path):
+    """The index is a pickle."""
+    folder = tmp_path / "a.ckpt"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+    torch.save({}, folder / "meta.pt")
+    with pytest.raises(UserError, match=r"names posix\.system"):
+        load_trained(folder)
+
+
+class KillMe(Callback):
+    """Kills one rank in the middle of its second step."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopMe(Callback):
+    """Sends one rank the signal that takes a job away, in its first step."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if trainer.global_step == 0 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FullDisk(Callback):
+    """From the second step on, no room for more than the few bytes of a log, on one rank."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            import resource
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def train_disturbed(tokens: TokensConfig, folder: Path, disturbance: Callback, limit: timedelta) -> None:
+    micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+    rank = os.environ["RANK"]
+    trainer = make_trainer(
+        folder,
+        disturbance,
+        saving(folder / "checkpoints"),
+        enable_checkpointing=True,
+        strategy=ShardedStrategy(timeout=limit),
+        devices=2,
+    )
+    try:
+        trainer.fit(make_stage(tokens), datamodule=Listed(micro))
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else explain_lost_rank(error, rank=int(rank))
+        (folder / f"said{rank}").write_text(str(line), encoding="utf-8")
+        raise SystemExit(3) from error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_line(tmp_path, tokens):
+    """Not after the half hour that is torch's default."""
+    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, KillMe(), timedelta(seconds=20), within=60)
+    assert statuses == [3, -signal.SIGKILL]
+    said = (tmp_path / "said0").read_text()
+    assert said.startswith("rank 0 was left alone") and "all_reduce" in said, said
+    assert latest_checkpoint(tmp_path).name == "last.ckpt"
+
+
+def test_a_job_that_is_asked_to_stop_saves_first(tmp_path, tokens):
+    """One rank is told; all finish the step, save together and leave with 143."""
+    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, StopMe(), LIMIT, within=60) == [143, 143]
+    assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
+
+
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens):
+    """A rank that fails to write alone would leave the others waiting, or its half checkpoint in place of a whole."""
+    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, within=60) == [3, 3]
+    for rank in (0, 1):
+        said = (tmp_path / f"said{rank}").read_text()
+        assert said.startswith("cannot save checkpoint") and "rank 1: " in said and "File too large" in said, said
+    assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
+    assert load_trained(tmp_path).step == 1
+
+
+def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path, tokens):
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(replicas=3), devices=1)
+    with pytest.raises(UserError, match="does not divide the 1 processes"):
+        trainer.fit(make_stage(tokens), train_dataloaders=[])

@@ -1,0 +1,155 @@
+"""The tiny model trained for two optimizer steps on ready batches, on one process or several, to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_echat.contracts import PackedBatch
+from lightning_echat.data.batching import collate
+from lightning_echat.nn.echat_model import NetworkConfig
+from lightning_echat.stages.base import AuxiliaryWeights, EChatStage
+from lightning_echat.stages.empathy import EmpathyStage
+from lightning_echat.testing import dummy_tokenized, tiny_network_config
+from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
+from lightning_echat.tokens.tasks import task_from_name
+
+MICRO_BATCHES = [
+    # Two optimizer steps of two micro-batches on two ranks. What a rank has in a step differs in every way: number of
+    # dialogues, length, kind of target, audio or none, nothing at all.
+    ["speech_to_speech.label_thinking", "transcribe_and_label", "label"],
+    ["text_to_text"],
+    ["text_to_speech", "text_to_speech"],
+    ["speech_to_text.natural_thinking"],
+    ["label"],
+    ["text_to_text", "text_to_text", "text_to_text"],
+    ["speech_to_speech.interleaved", "transcribe"],
+    [],
+]
+
+
+class _Rest(IterableDataset):
+    """What is left of a list from one place on. Without a length, as streams are."""
+
+    def __init__(self, batches: list[PackedBatch], first: int) -> None:
+        self.batches, self.first = batches, first
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        yield from self.batches[self.first :]
+
+
+class Listed(LightningDataModule):
+    """Ready batches, dealt out to the ranks in turn.
+
+    Args:
+        batches: For training.
+        validation: One set of them, in which every rank has equally many.
+        first: Of a rank's training batches, where a run goes on.
+    """
+
+    def __init__(self, batches: list[PackedBatch], validation: list[PackedBatch] | None = None, first: int = 0) -> None:
+        super().__init__()
+        self.batches, self.validation, self.first = batches, validation or [], first
+        self.validation_names = ["dialogue"] if validation else []
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        return self._own(self.batches, self.first)
+
+    def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
+        return [self._own(self.validation)] if self.validation else []
+
+    def _own(self, batches: list[PackedBatch], first: int = 0) -> DataLoader[PackedBatch]:
+        assert self.trainer is not None
+        own = batches[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(_Rest(own, first), batch_size=None)
+
+
+class Record(Callback):
+    """Each rank writes down its summed losses, its supervised ids, and the weights that the run ends with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses: list[tuple[float, int]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        self.losses.append((float(outputs["loss"]), batch.num_supervised))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = get_model_state_dict(pl_module, options=StateDictOptions(full_state_dict=True))
+        self.folder.mkdir(exist_ok=True, parents=True)
+        torch.save({"losses": self.losses, "weights": weights}, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+def make_stage(tokens: TokensConfig, *, network: NetworkConfig | None = None, **options: Any) -> EChatStage:
+    torch.manual_seed(0)
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.05), **options}
+    network = network or tiny_network_config(auxiliary_labels=("age", "emotion"))
+    if network.auxiliary_labels:
+        options.setdefault("auxiliary", AuxiliaryWeights(ctc=0.3, labels=2.0))
+    return EmpathyStage(tokens=tokens, network=network, **options)
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **defaults, **options})
+
+
+def train(
+    stage: EChatStage,
+    batches: list[PackedBatch],
+    folder: Path,
+    *callbacks: Callback,
+    validation: list[PackedBatch] | None = None,
+    first: int = 0,
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> Trainer:
+    """Train, and leave rank<n>.pt of `Record` in the folder."""
+    trainer = make_trainer(folder, Record(folder), *callbacks, **options)
+    trainer.fit(stage, datamodule=Listed(batches, validation, first), ckpt_path=ckpt_path)
+    return trainer
+
+
+def recorded(folder: Path, *, window: int = 1) -> tuple[list[float], dict[str, Tensor]]:
+    """The loss per supervised id of each optimizer step over all ranks, and the weights at the end."""
+    ranks = [torch.load(file) for file in sorted(folder.glob("rank*.pt"))]
+    steps = len(ranks[0]["losses"]) // window
+    curve = []
+    for step in range(steps):
+        seen = [pair for rank in ranks for pair in rank["losses"][step * window : (step + 1) * window]]
+        # Lightning has divided each loss by the window.
+        curve.append(window * sum(loss for loss, _ in seen) / max(1, sum(count for _, count in seen)))
+    return curve, ranks[0]["weights"]
+
+
+def batches_of(tokenizer: DialogueTokenizer) -> tuple[list[PackedBatch], list[PackedBatch]]:
+    """The micro-batches, and the same dialogues as one batch a step."""
+    number = 0
+    micro, dialogues = [], []
+    for names in MICRO_BATCHES:
+        dialogues.append([])
+        for name in names:
+            task = task_from_name(name, labels=("age",))
+            dialogues[-1].append(dummy_tokenized(tokenizer, task, number=number, exchanges=1 + number % 2))
+            number += 1
+        micro.append(collate(dialogues[-1], padding=tokenizer.vocabulary.padding))
+    whole = [collate(list(chain(*dialogues[at : at + 4])), padding=tokenizer.vocabulary.padding) for at in (0, 4)]
+    return micro, whole
