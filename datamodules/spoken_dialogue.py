@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +11,14 @@ from lightning import LightningDataModule
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
+from lightning_echat.data.clip_features import make_log_mels
 from lightning_echat.data.dialogue_stream import ReadingConfig
 from lightning_echat.data.loader import TrainingLoader, ValidationLoader
+from lightning_echat.data.log_mel import LogMel
 from lightning_echat.data.mixture import MixtureUnit, SourceConfig, asked_shares, check_sources
 from lightning_echat.data.ranks import Ranks
+from lightning_echat.data.remote import ShardAccess
+from lightning_echat.data.shards import below
 from lightning_echat.data.stream_state import Position, from_checkpoint, redistribute, to_checkpoint
 from lightning_echat.data.training_stream import TrainingStream
 from lightning_echat.data.validation_stream import ValidationStream
@@ -48,12 +51,14 @@ class SpokenDialogueDataModule(LightningDataModule):
         expand_history: bool = True,
         max_skip_share: float = 0.05,
         max_seconds: float = 30.0,
+        mels_on_device: bool = False,
+        access: ShardAccess | None = None,
     ) -> None:
         """Take the settings; shards are looked up when the loaders are made.
 
         Args:
             tokens: What data and model agree on; linked from the model.
-            root: Folder that relative patterns of shards start from.
+            root: Folder or URL that relative patterns of shards start from.
             train: Sources of the training mixture.
             validation: Name -> set, each with exactly one task; every dialogue is seen exactly once.
             mixture_by: What the weights of sources and tasks share out: samples, or tokens, audio included.
@@ -64,6 +69,8 @@ class SpokenDialogueDataModule(LightningDataModule):
             expand_history: Each exchange of a longer dialogue is a sample of its own.
             max_skip_share: Share of unusable samples past which the run stops.
             max_seconds: Longest clip.
+            mels_on_device: Workers hand over waveforms, and log-mels are made of whole batches on the accelerator.
+            access: How shards behind a URL are reached, and where they are cached.
         """
         super().__init__()
         self.tokens = tokens
@@ -77,6 +84,9 @@ class SpokenDialogueDataModule(LightningDataModule):
         self.expand_history = expand_history
         self.max_skip_share = max_skip_share
         self.max_seconds = max_seconds
+        self.mels_on_device = mels_on_device
+        self.access = access or ShardAccess()
+        self._log_mel = LogMel(mel_bins=tokens.mel_bins)
         self.train_loader: TrainingLoader | None = None
         self.validation_loaders: dict[str, ValidationLoader] = {}
         self._ranks = Ranks()
@@ -145,6 +155,10 @@ class SpokenDialogueDataModule(LightningDataModule):
             batch.position = None
         return batch
 
+    def on_after_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """Make the log-mels of a batch that carries waveforms, on the device that it is on by now."""
+        return make_log_mels(batch, self._log_mel.to(batch.input_ids.device))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the training data stands on all ranks; every rank calls this."""
         position = self._trained.at(self._steps)
@@ -190,6 +204,8 @@ class SpokenDialogueDataModule(LightningDataModule):
             expand_history=self.expand_history,
             max_skip_share=self.max_skip_share,
             max_seconds=self.max_seconds,
+            mels_on_device=self.mels_on_device,
+            access=self.access,
         )
 
 
@@ -220,5 +236,5 @@ def _pins() -> bool:
 
 
 def _below(root: str, source: SourceConfig) -> SourceConfig:
-    """The source with its relative patterns below `root`; absolute ones stay."""
-    return replace(source, shards=[str(Path(root) / pattern) for pattern in source.shards])
+    """The source with its relative patterns below `root`; absolute ones and URLs stay."""
+    return replace(source, shards=[below(root, pattern) for pattern in source.shards])

@@ -79,6 +79,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     """
     width = max((sum(len(d.input_ids) for d in row) for row in rows), default=1)
     height = max(len(rows), 1)
+    clips = [clip for row in rows for dialogue in row for clip in dialogue.clips]
     batch = PackedBatch(
         input_ids=torch.full((height, width), padding),
         labels=torch.full((height, width), IGNORE_INDEX),
@@ -86,6 +87,8 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
         position_ids=torch.zeros(height, width, dtype=torch.long),
         document_ids=torch.zeros(height, width, dtype=torch.long),
         references=[],
+        waveforms=_pad_those_given([clip.waveform for clip in clips]),
+        alterations=_pad_those_given([clip.alterations for clip in clips]),
         health={},
         **_clip_fields(rows, mel_bins),
     )
@@ -127,6 +130,14 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
         "clip_transcript_ids": _pad([clip.transcript_ids for clip in clips], torch.zeros(0, 0, dtype=torch.long)),
         "clip_transcript_lengths": torch.tensor([len(clip.transcript_ids) for clip in clips], dtype=torch.long),
     }
+
+
+def _pad_those_given(tensors: list[Tensor | None]) -> Tensor | None:
+    """Padded like the others, zeros where a clip has none; None where no clip has any."""
+    some = next((tensor for tensor in tensors if tensor is not None), None)
+    if some is None:
+        return None
+    return pad_sequence([some[:0] if tensor is None else tensor for tensor in tensors], batch_first=True)
 
 
 def _round_up(log_mels: Tensor) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
 from lightning_echat.contracts import DialogueSample, SampleRejected, TokenizedDialogue
-from lightning_echat.data.augmentation import AugmentationConfig, augment
+from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
+from lightning_echat.data.clip_features import ClipFeatures
 from lightning_echat.data.decoding import ParsedDialogue, parse_dialogue, with_audio
-from lightning_echat.data.log_mel import LogMel
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import ShardPart, StoredDialogue, read_samples, read_shard
+from lightning_echat.data.remote import LOCAL, ShardAccess
+from lightning_echat.data.shards import ShardPart, read_samples, read_shard
+from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.tasks import DialogueTask
 
@@ -30,6 +32,8 @@ class ReadingConfig:
         expand_history: Each exchange of a longer dialogue is a sample of its own, with what precedes as history.
         max_skip_share: Share of skipped samples past which a run stops.
         max_seconds: Longest clip; longer ones are skipped and counted.
+        mels_on_device: Batches carry waveforms, to be made mels by `clip_features.make_log_mels`.
+        access: How shards behind a URL are reached.
     """
 
     tokens: TokensConfig
@@ -40,6 +44,8 @@ class ReadingConfig:
     expand_history: bool = True
     max_skip_share: float = 0.05
     max_seconds: float = 30.0
+    mels_on_device: bool = False
+    access: ShardAccess = LOCAL
 
 
 class PlacedDialogue(NamedTuple):
@@ -56,10 +62,11 @@ class DialogueReader:
     def __init__(self, config: ReadingConfig, *, augmentation: AugmentationConfig | None = None) -> None:
         self.config = config
         self.counter = SkipCounter()
-        self._augmentation = augmentation
         self.tokenizer = DialogueTokenizer.from_config(config.tokens)
         self.padding = self.tokenizer.vocabulary.padding
-        self._log_mel = LogMel(mel_bins=config.tokens.mel_bins)
+        self._features = ClipFeatures(
+            mel_bins=config.tokens.mel_bins, on_device=config.mels_on_device, augmentation=augmentation
+        )
 
     def parse(
         self, part: ShardPart, *, source: str, start: int = 0, counter: SkipCounter | None = None
@@ -74,17 +81,17 @@ class DialogueReader:
         """
         counter = self.counter if counter is None else counter
         stored = None
-        for stored in read_shard(part, start=start, counter=counter):
+        for stored in read_shard(part, start=start, counter=counter, access=self.config.access):
             yield from self._exchanges(stored, source, counter)
         if stored is None and start == part.part == 0:
             counter.notice("empty shard", shard=part.path)
 
     def parse_again(self, shard: str, ordinals: Collection[int], *, source: str) -> Iterator[PlacedDialogue]:
         """The dialogues at certain places of a shard, as `parse` yields them."""
-        for stored in read_samples(shard, sorted(ordinals), counter=self.counter):
+        for stored in read_samples(shard, sorted(ordinals), counter=self.counter, access=self.config.access):
             yield from self._exchanges(stored, source, self.counter)
 
-    def _exchanges(self, stored: StoredDialogue, source: str, counter: SkipCounter) -> Iterator[PlacedDialogue]:
+    def _exchanges(self, stored: StoredSample, source: str, counter: SkipCounter) -> Iterator[PlacedDialogue]:
         try:
             parsed = parse_dialogue(stored, source=source)
         except SampleRejected as error:
@@ -107,6 +114,7 @@ class DialogueReader:
             sample = self.with_mels(parsed, task, random=random)
             choice = random.randrange(2**16) if random else 0
             dialogue = self.tokenizer.tokenize(sample, task, choice=choice)
+            self._features.complete(dialogue, sample, heard_turns(sample, task), random=random)
             if len(dialogue.input_ids) > self.config.batching.max_ids:
                 raise SampleRejected("longer than max_ids", f"{len(dialogue.input_ids)} ids")
         except SampleRejected as error:
@@ -123,16 +131,7 @@ class DialogueReader:
         """
         heard = heard_turns(parsed.sample, task)
         sample = with_audio(parsed, turns=heard, max_seconds=self.config.max_seconds, counter=self.counter)
-        for index in heard:
-            turn = sample.turns[index]
-            if turn.audio is None:
-                continue
-            log_mel = self._log_mel(turn.audio)
-            # As in the reference, history is left as it is.
-            if random and self._augmentation and index == heard[-1]:
-                log_mel = augment(log_mel, config=self._augmentation, random=random)
-            sample.turns[index] = replace(turn, log_mel=log_mel)
-        return sample
+        return self._features.with_mels(sample, heard, random=random)
 
     def _skip(self, error: SampleRejected, counter: SkipCounter, *, shard: str, key: str) -> None:
         counter.reject(error, shard=shard, key=key)

@@ -175,7 +175,7 @@ class TrainingStream(IterableDataset[PackedBatch]):
         super().__init__()
         self.config = config
         self.sources = list(sources)
-        self.shards = [expand_shards(source.shards) for source in sources]
+        self.shards = [expand_shards(source.shards, access=config.access) for source in sources]
         self.mixture_by: MixtureUnit = mixture_by
         self.augmentation = augmentation
         self.position: Position | None = None

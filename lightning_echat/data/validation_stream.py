@@ -32,7 +32,7 @@ class ValidationStream(IterableDataset[PackedBatch]):
         self.source = source
         self.name = name
         self.task = source.tasks[0].task
-        self.shards = expand_shards(source.shards)
+        self.shards = expand_shards(source.shards, access=config.access)
 
     def __iter__(self) -> Iterator[PackedBatch | StreamHealth | StreamFailure]:
         """Batches, then what was counted since; a `StreamFailure` instead of a `UserError`."""

@@ -121,7 +121,7 @@ def test_what_is_no_tar_is_counted(tmp_path, content):
 
 
 def test_a_shard_that_vanished_is_counted(tmp_path):
-    assert read(tmp_path / "gone.tar")[1].noticed == {"damaged shard": 1}
+    assert read(tmp_path / "gone.tar")[1].noticed == {"missing shard": 1}
 
 
 def test_a_duplicate_member_is_counted_and_the_first_stays(tmp_path):
