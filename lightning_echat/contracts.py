@@ -11,7 +11,7 @@ L label sets, D width of the language model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -179,7 +179,10 @@ class PackedBatch:
         waveforms: [C, S] int32, the clips' samples where mels are made on the accelerator; None once they are made.
         alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
         health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
-            "noticed/<reason>" and "drawn/<source>/<task>". Sums over batches are totals of the run.
+            "noticed/<reason>", "drawn/<source>/<task>" and "drawn_ids/<source>/<task>". Sums over batches are totals
+            of the run.
+        position: Where the training data stands after this batch, which is what a checkpoint keeps
+            (`data.stream_state.Position`); None elsewhere.
     """
 
     input_ids: Tensor
@@ -201,6 +204,7 @@ class PackedBatch:
     waveforms: Tensor | None = None
     alterations: Tensor | None = None
     health: dict[str, int] = field(default_factory=dict)
+    position: Any = None
 
     def pin_memory(self) -> PackedBatch:
         """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""

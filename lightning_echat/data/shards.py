@@ -8,9 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from glob import glob
-from itertools import count
 from pathlib import Path
-from random import Random
 from typing import IO
 
 from braceexpand import braceexpand
@@ -163,31 +161,6 @@ def _nothing_matches(pattern: str, path: Path) -> str:
     near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"shards {pattern!r}{where} match nothing in {path.parent}{hint}"
-
-
-def training_parts(
-    shards: Sequence[str], *, consumer: int, consumers: int, seed: str, repeat: bool
-) -> Iterator[ShardPart]:
-    """What one of `consumers` readers (ranks × workers) reads, in order; endless when `repeat`.
-
-    All readers step through one sequence, each epoch's own shuffle of the shards after the other, every
-    `consumers`-th element each. So an epoch is read once among them all, whatever their number. Where there are fewer
-    shards than readers, several share a shard by sample index: no source is missing for any reader, which would bend
-    the weights of a mixture.
-    """
-    parts = -(-consumers // len(shards))
-    everything = [ShardPart(path=path, part=part, parts=parts) for path in shards for part in range(parts)]
-    order: list[ShardPart] = []
-    shuffled_epoch = -1
-    for position in count(consumer, consumers):
-        epoch, index = divmod(position, len(everything))
-        if epoch and not repeat:
-            return
-        if epoch != shuffled_epoch:
-            order = everything.copy()
-            Random(f"{seed}/shards/{epoch}").shuffle(order)
-            shuffled_epoch = epoch
-        yield order[index]
 
 
 def read_shard(
