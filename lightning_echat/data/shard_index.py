@@ -35,7 +35,8 @@ class SampleEntry:
     Attributes:
         key: Its name.
         offset, size: Bytes of the tar from its first header to the end of its last member.
-        sha256: Of its members, whatever its key; the same content has the same.
+        sha256: Of its members, whatever its key; the same content has the same. Empty where they cannot be made of a
+            row of another format.
         seconds: Audio of user and assistant turns, as their sidecar says.
         characters: Letters of all turns' texts.
         codes: Speech codes of all turns.
@@ -114,9 +115,13 @@ def describe_sample(
 
 
 def content_hash(stored: StoredSample) -> str:
-    """sha256 over names and bytes of the members, in order of name."""
+    """sha256 over names and bytes of the members, in order of name; empty where a row cannot be made members."""
+    try:
+        members = sorted(stored.members.items())
+    except SampleRejected:  # rows of the reference's formats are converted only now
+        return ""
     digest = hashlib.sha256()
-    for name, data in sorted(stored.members.items()):
+    for name, data in members:
         digest.update(f"{name}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
         digest.update(data)
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, SampleRejecte
 from lightning_echat.data.decoding import SIDECAR, ParsedDialogue, parse_dialogue, with_audio
 from lightning_echat.data.process_pool import count_cores, progress_bar, run_jobs
 from lightning_echat.data.read_errors import KEPT, NOTICED, READ, SkipCounter
+from lightning_echat.data.reference_data import is_reference
 from lightning_echat.data.remote import LOCAL, READ_AGAIN, ShardAccess, is_url
 from lightning_echat.data.repair import repair_shards
 from lightning_echat.data.shard_index import (
@@ -113,6 +114,8 @@ def verify(
     """
     access = access or LOCAL
     paths = expand_shards(shards, access=access)
+    if repair is not None and (rows := next(filter(is_reference, paths), None)) is not None:
+        raise UserError(f"{rows} holds rows of another format, which echat data pack makes clean shards of")
     workers = workers or _useful_workers(paths)
     found = check_shards(paths, max_seconds=max_seconds, workers=workers, access=access)
     for findings in found:
