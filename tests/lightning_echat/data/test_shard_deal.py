@@ -67,9 +67,11 @@ def test_another_number_of_consumers_reads_what_is_left_and_nothing_twice(before
     third = order(11, 1, deal=redeal(second, later), repeat=repeat)
     for item in count():
         work = third.work(item)
-        if work is None or work.epoch > 0:
+        # A fast consumer may have begun the next epoch, so what it left comes among the rest of this one.
+        if work is None or (work.epoch > 0 and item >= len(third.deal.left)):
             break
         read.append(work)
+    read = [work for work in read if work.epoch == 0]
     begun = [work for work in read if work.ordinal]
     assert [work.ordinal for work in begun] == [5]
     assert sum(1 / work.parts for work in read) == pytest.approx(11)
