@@ -10,11 +10,12 @@ from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
 from lightning_echat.corpus.pack import pack
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.decoding import decode_dialogue
-from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig, TrainingStream
+from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.reference_data import files_of_unit
 from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.training_stream import TrainingStream
 from lightning_echat.data.verify import verify
 from lightning_echat.tokens.tasks import task_from_name
 from tests.lightning_echat.data.data_helpers import wav, write_tar
@@ -122,10 +123,10 @@ def test_the_three_formats_are_packed_verified_and_trained_on(tmp_path, tokens, 
 def test_both_forms_of_thinking_are_made_from_a_row(tmp_path, tokens):
     reader = DialogueReader(ReadingConfig(tokens=tokens))
     part = ShardPart(path=expand_shards([raw(tmp_path, [row()])])[0])
-    (parsed,) = reader.parse(part, source="")
+    (placed,) = reader.parse(part, source="")
     written = {}
     for form in ("natural", "label"):
-        dialogue = reader.tokenize(parsed, task_from_name(f"speech_to_speech.{form}_thinking"))
+        dialogue = reader.tokenize(placed.parsed, task_from_name(f"speech_to_speech.{form}_thinking"))
         assert dialogue is not None
         size = reader.tokenizer.vocabulary.text_size
         written[form] = reader.tokenizer.decode([i for i in dialogue.labels.tolist() if 0 <= i < size])
@@ -195,7 +196,7 @@ def test_rows_and_tars_are_joined_by_key_in_any_order(tmp_path):
         members() | members("b") | members("c") | members("extra"),
     )
     items = stored(description, counter)
-    assert [item.index for item in items] == list(range(len(items)))
+    assert [item.ordinal for item in items] == list(range(len(items)))
     texts = {}
     for item in items:
         try:
