@@ -31,7 +31,7 @@ $(STAMP):
 	@touch $@
 	@echo "environment: ready"
 
-quickstart: $(STAMP) ## corpus, three stages, evaluation and report on this machine's CPU (BUDGET=long: 45 minutes)
+quickstart: $(STAMP) ## corpus, three stages, evaluation and report on this machine's CPU (BUDGET=long: 40 minutes)
 	@$(BIN)/echat run experiments/quickstart/recipe.yaml $(if $(filter long,$(BUDGET)),--set budget=long)
 
 test: $(STAMP) ## the test suite, without what takes long

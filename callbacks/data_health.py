@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,19 +12,37 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from callbacks.batch_tally import BatchSums, BatchTally
 from callbacks.run_files import write_run_file
 from lightning_echat.contracts import PackedBatch, UserError
-from lightning_echat.data.read_errors import DRAWN, KEPT, NOTICED, READ, SKIPPED
+from lightning_echat.data.mixture import MixtureUnit
+from lightning_echat.data.read_errors import DRAWN, DRAWN_IDS, KEPT, NOTICED, READ, SKIPPED
 
 FILE = "data_health.json"
 _BATCHES, _TOKENS, _POSITIONS = "batches", "tokens", "positions"
 
 
+@runtime_checkable
+class Mixing(Protocol):
+    """A datamodule that trains on a mixture.
+
+    Attributes:
+        mixture_by: What its weights share out.
+        asked_shares: "<source>/<task>" -> share asked for.
+        epochs: Source -> how often it was read.
+    """
+
+    mixture_by: MixtureUnit
+    asked_shares: dict[str, float]
+    epochs: dict[str, float]
+
+
 class DataHealth(Callback):
     """Sums the counts that travel with training batches, over all ranks and across resumes.
 
-    Logs `data/read`, `data/kept`, `data/skipped/<reason>`, `data/noticed/<reason>` and `data/drawn/<source>/<task>`,
-    each a total since the run began, and writes `data_health.json` into the run's folder when training ends or fails:
-    `samples`, `kept`, `skipped`, `noticed`, `drawn`, `padding_share` of all `positions`, `batches`, and `complete`,
-    false after a failure, when other ranks can no longer be asked for what they read since the last exchange.
+    Logs `data/read`, `data/kept`, `data/skipped/<reason>`, `data/noticed/<reason>`, `data/drawn/<source>/<task>` and
+    `data/drawn_ids/<source>/<task>`, each a total since the run began; `data/drawn_share/<source>/<task>` beside
+    `data/asked_share/<source>/<task>`; and `data/epochs/<source>` of rank 0. Writes `data_health.json` into the run's
+    folder when training ends or fails: `samples`, `kept`, `skipped`, `noticed`, `drawn`, `drawn_share`, `asked_share`,
+    `epochs`, `padding_share` of all `positions`, `batches`, and `complete`, false after a failure, when other ranks can
+    no longer be asked for what they read since the last exchange.
 
     Args:
         every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.
@@ -64,16 +82,19 @@ class DataHealth(Callback):
         """Log and write the totals."""
         self._exchange(trainer)
         self._log(trainer)
-        write_run_file(trainer, FILE, content=self._summary(complete=True))
+        write_run_file(trainer, FILE, content=self._summary(trainer, complete=True))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what this rank knows. Nothing is exchanged: the other ranks may be gone."""
         if trainer.state.fn == "fit":
-            write_run_file(trainer, FILE, content=self._summary(complete=False))
+            write_run_file(trainer, FILE, content=self._summary(trainer, complete=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals, with what this rank has read since the last exchange."""
-        return {"totals": dict(self._totals + self._own())}
+        """The totals of all ranks, which save together."""
+        totals = self._totals.copy()
+        for counts in _all_ranks(self._own()):
+            totals.update(counts)
+        return {"totals": dict(totals)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
@@ -97,10 +118,12 @@ class DataHealth(Callback):
             for key, count in self._totals.items()
             if key not in (_BATCHES, _TOKENS, _POSITIONS)
         }
+        for name, shares in _mixture(trainer, self._totals).items():
+            values |= {f"data/{_metric_name(f'{name}/{key}')}": share for key, share in shares.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    def _summary(self, *, complete: bool) -> dict[str, Any]:
+    def _summary(self, trainer: Trainer, *, complete: bool) -> dict[str, Any]:
         counts = self._totals + self._own()
         sums = BatchSums(tokens=counts[_TOKENS], positions=counts[_POSITIONS])
         return {
@@ -109,11 +132,23 @@ class DataHealth(Callback):
             "skipped": _under(counts, SKIPPED),
             "noticed": _under(counts, NOTICED),
             "drawn": _under(counts, DRAWN),
+            **_mixture(trainer, counts),
             "padding_share": sums.padding_share,
             "positions": counts[_POSITIONS],
             "batches": counts[_BATCHES],
             "complete": complete,
         }
+
+
+def _mixture(trainer: Trainer, counts: Counter[str]) -> dict[str, dict[str, float]]:
+    """What was drawn beside what was asked for, in the unit of the mixture, and how often each source was read."""
+    data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
+    if not isinstance(data, Mixing):
+        return {}
+    drawn = _under(counts, DRAWN_IDS if data.mixture_by == "tokens" else DRAWN)
+    total = max(sum(drawn.values()), 1)
+    shares = {name: drawn.get(name, 0) / total for name in data.asked_shares}
+    return {"drawn_share": shares, "asked_share": data.asked_shares, "epochs": data.epochs}
 
 
 def _all_ranks(counts: Counter[str]) -> list[dict[str, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_echat.data.writers import write_json
+from lightning_echat.data.files import write_json
 from lightning_echat.evaluation.records import nan_as_none
 
 

@@ -64,6 +64,11 @@ COMMANDS: dict[str, Command] = {
     "data verify": Command(
         "check shards and count what would be skipped, and why", "lightning_echat.data.verify:verify", "shards"
     ),
+    "data batch-size": Command(
+        "find the largest batch that trains under a configuration",
+        "lightning_echat.data.batch_size:batch_size",
+        "configs",
+    ),
     "convert from-reference": Command(
         "bring released OSUM-EChat weights in", "lightning_echat.checkpoints.from_reference:from_reference"
     ),

@@ -11,7 +11,7 @@ L label sets, D width of the language model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,11 +86,13 @@ class AudioClip:
     """A clip of input speech and the placeholder ids that it fills: ids[start : start + length].
 
     Attributes:
-        log_mel: [F, M] float32.
+        log_mel: [F, M] float32; [F, 0] where frames are made on the accelerator.
         start, length: The placeholder span inside the dialogue's ids.
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
         transcript_ids: [n] int64 text ids of the transcript, empty where unknown.
+        waveform: [samples] int32, the bits of what `data.log_mel.extend` gives; only where mels are left to the device.
+        alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
 
     log_mel: Tensor
@@ -99,6 +101,8 @@ class AudioClip:
     labels: Tensor
     characters: Tensor
     transcript_ids: Tensor
+    waveform: Tensor | None = None
+    alterations: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -163,7 +167,7 @@ class PackedBatch:
         speech_scored: [R, T] bool, the softmax that scores the position (see `TokenizedDialogue`).
         position_ids: [R, T] int64, from 0 again at each dialogue.
         document_ids: [R, T] int64, 1, 2, … for the dialogues of a row and 0 on padding. A dialogue sees itself only.
-        log_mels: [C, F, M] float32, zero-padded at the end.
+        log_mels: [C, F, M] float32, zero-padded at the end; [C, F, 0] until `waveforms` have become mels.
         log_mel_lengths: [C] int64, valid frames.
         clip_rows, clip_starts, clip_lengths: [C] int64, the placeholder span that each clip fills.
         clip_labels: [C, L] int64 class index per label set or IGNORE_INDEX.
@@ -172,8 +176,13 @@ class PackedBatch:
         clip_transcript_ids: [C, ids] int64 text ids of the transcripts, zero-padded.
         clip_transcript_lengths: [C] int64.
         references: One per dialogue, in row and then reading order.
+        waveforms: [C, S] int32, the clips' samples where mels are made on the accelerator; None once they are made.
+        alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
         health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
-            "noticed/<reason>" and "drawn/<source>/<task>". Sums over batches are totals of the run.
+            "noticed/<reason>", "drawn/<source>/<task>" and "drawn_ids/<source>/<task>". Sums over batches are totals
+            of the run.
+        position: Where the training data stands after this batch, which is what a checkpoint keeps
+            (`data.stream_state.Position`); None elsewhere.
     """
 
     input_ids: Tensor
@@ -192,7 +201,10 @@ class PackedBatch:
     clip_transcript_ids: Tensor
     clip_transcript_lengths: Tensor
     references: list[DialogueReference]
+    waveforms: Tensor | None = None
+    alterations: Tensor | None = None
     health: dict[str, int] = field(default_factory=dict)
+    position: Any = None
 
     def pin_memory(self) -> PackedBatch:
         """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""

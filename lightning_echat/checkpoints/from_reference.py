@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lightning_echat.checkpoints.model_card import SPOKEN, CardFields, write_card
 from lightning_echat.checkpoints.planned_tensors import open_tensors
 from lightning_echat.checkpoints.reference_layout import (
+    HEAD_WIDTH,
     Conversion,
     codebook_size,
     convert,
@@ -31,6 +32,7 @@ from lightning_echat.checkpoints.write_folder import ModelParts, new_folder, wri
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.tokens.dialogue_template import TokensConfig, load_tokenizer
+from lightning_echat.tokens.prompts import prompt_set_file
 from lightning_echat.tokens.vocabulary import Vocabulary
 
 PROJECT_PROMPTS = "english"
@@ -70,40 +72,35 @@ def from_reference(
     alpha = next(float(a) for a in (lora_alpha, settings.get("lora_alpha"), DEFAULT_LORA_ALPHA) if a is not None)
     tied = bool(getattr(llm_config, "tie_word_embeddings", False))
     conversion = convert(open_tensors(checkpoint), tied=tied, lora_alpha=alpha)
-    network = infer_network(
-        conversion,
-        llm_name=llm,
-        architecture=json.loads(llm_config.to_json_string(use_diff=False)),
-        encoder_heads=encoder_heads or _config_heads(settings, conversion),
-    )
+    architecture = json.loads(llm_config.to_json_string(use_diff=False))
+    # Where the config was read from, on this machine.
+    architecture.pop("_name_or_path", None)
+    known_heads = encoder_heads or _config_heads(settings, conversion)
+    network = infer_network(conversion, llm_name=llm, architecture=architecture, encoder_heads=known_heads)
     tokens = TokensConfig(
         tokenizer=llm,
         text_vocabulary_size=llm_config.vocab_size,
         codebook_size=codebook_size(conversion),
-        prompt_set=PROJECT_PROMPTS,
         audio_strides=(*network.encoder.strides, *network.adapter.strides),
         mel_bins=mel_bins(conversion),
     )
     # A file or a pipe has no width of its own.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    aliases = check_against_model(conversion, network, tokens, console=console)
+    parts = ModelParts(
+        tensors=conversion.tensors,
+        tied_weights=check_against_model(conversion, network, tokens, console=console),
+        tokens=tokens,
+        prompt_set=_prompt_set_text(prompts),
+        network=asdict(network),
+        step=0,
+        card=_card(card or CardFields(), checkpoint=checkpoint, llm=llm, out=out),
+    )
     with new_folder(out) as folder:
-        if prompts is not None:
-            source = folder / "reference_prompts.yaml"
-            source.write_text(yaml.safe_dump(prompts, allow_unicode=True, sort_keys=False), encoding="utf-8")
-            tokens = TokensConfig(**{**asdict(tokens), "prompt_set": str(source)})
-        parts = ModelParts(
-            tensors=conversion.tensors,
-            tied_weights=aliases,
-            tokens=tokens,
-            network=asdict(network),
-            step=0,
-            card=_card(card or CardFields(), checkpoint=checkpoint, llm=llm, out=out),
-        )
         write_model_folder(folder, parts, max_shard_size=max_shard_size)
-        if prompts is not None:
-            source.unlink()
-    _print_summary(conversion, out=out, alpha=alpha, prompts=prompts, console=console)
+    heads = f"{network.encoder.heads} attention heads" + (
+        "" if known_heads else f" (width / {HEAD_WIDTH}, as in Whisper: no tensor tells; see --encoder_heads)"
+    )
+    _print_summary(conversion, out=out, alpha=alpha, heads=heads, prompts=prompts, console=console)
 
 
 def check_against_model(
@@ -164,6 +161,12 @@ def refuse(problems: dict[str, list[str]], *, console: Console) -> None:
         )
 
 
+def _prompt_set_text(prompts: dict[str, Any] | None) -> str:
+    if prompts is None:
+        return prompt_set_file(PROJECT_PROMPTS).read_text(encoding="utf-8")
+    return yaml.safe_dump(prompts, allow_unicode=True, sort_keys=False)
+
+
 def _prompts(clone: Path | None) -> dict[str, Any] | None:
     if clone is None:
         return None
@@ -214,16 +217,19 @@ def _card(fields: CardFields, *, checkpoint: Path, llm: str, out: Path) -> str:
 
 
 def _print_summary(
-    conversion: Conversion, *, out: Path, alpha: float, prompts: dict[str, Any] | None, console: Console
+    conversion: Conversion, *, out: Path, alpha: float, heads: str, prompts: dict[str, Any] | None, console: Console
 ) -> None:
     console.print(where_it_went(conversion))
     values = sum(torch.Size(tensor.shape).numel() for tensor in conversion.tensors.values())
     lines = [f"{out}: {len(conversion.tensors)} tensors, {values:,} parameters"]
+    lines.append(f"speech encoder: {heads}")
     ranks = {name for names in conversion.sources.values() for name in names if ".lora_" in name}
     if ranks:
         lines.append(f"LoRA: {len(ranks) // 2} updates merged with alpha {alpha:g}")
     if prompts is not None:
         lines.append("prompts: the reference's, read from the clone into prompt_set.yaml")
+        if "thinking" not in prompts:
+            lines.append("label thinking: this project's own wording; the clone has none in its usual place")
     else:
         lines.append(
             f"prompts: this project's own ({PROJECT_PROMPTS}). The weights were trained with other words, so answers "

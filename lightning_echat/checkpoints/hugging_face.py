@@ -24,12 +24,13 @@ from lightning_echat.checkpoints.write_folder import (
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.weights import latest_checkpoint, model_weights, read_checkpoint
 from lightning_echat.tokens.dialogue_template import TokensConfig, load_tokenizer
+from lightning_echat.tokens.prompts import prompt_set_file
 
 _LLM = "lm.llm."
 _PEFT = "lm.llm.base_model.model."
 _ALONE = "The language model of a spoken dialogue model, without what hears and speaks."
-_NOT_FOR_A_STAGE = ("gradient_checkpointing", "lora", "pretrained")
-"""Settings of the language model that are the next stage's own choice, or follow from loading the folder."""
+_NOT_FOR_A_STAGE = ("gradient_checkpointing", "lora")
+"""Settings of the language model that are the next stage's own choice."""
 
 
 def to_hf(
@@ -58,31 +59,32 @@ def to_hf(
     settings = stored["echat"]
     tensors, aliases = distinct(_without_lora(model_weights(stored, path), settings["network"]["llm"].get("lora")))
     step = int(stored.get("global_step", 0))
-    out = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "huggingface"
-    own_report = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "report.json"
+    home = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = out or home / "huggingface"
+    own_report = home / "report.json"
     card_text = write_card(
         card or CardFields(),
         name=out.resolve().name,
         about=f"{SPOKEN if part == 'all' else _ALONE} Its last training took {step} optimizer steps.",
-        report=report or (own_report if own_report.is_file() else None),
+        # What was measured of the whole is no score of its language model.
+        report=report or (own_report if part == "all" and own_report.is_file() else None),
         usage=_usage(part, out.name),
+        spoken=part == "all",
     )
+    tokens = TokensConfig(**settings["tokens"])
     parts = ModelParts(
         tensors=tensors,
         tied_weights=aliases,
-        tokens=TokensConfig(**settings["tokens"]),
+        tokens=tokens,
+        prompt_set=prompt_set_file(tokens.prompt_set).read_text(encoding="utf-8"),
         network={**settings["network"], "llm": {**settings["network"]["llm"], "lora": None}},
         step=step,
         card=card_text,
     )
+    write = write_llm_folder if part == "llm" else write_model_folder
     with new_folder(out) as folder:
-        if part == "llm":
-            remarks = write_llm_folder(folder, parts, max_shard_size=max_shard_size)
-        else:
-            remarks = write_model_folder(folder, parts, max_shard_size=max_shard_size)
-    size = sum(tensor.num_bytes for tensor in tensors.values()) / 1e6
-    lines = [f"{out}: {'language model' if part == 'llm' else f'{len(tensors)} tensors, {size:,.1f} MB'} from {path}"]
-    sys.stdout.write("\n".join(lines + remarks) + "\n")
+        remarks = write(folder, parts, max_shard_size=max_shard_size)
+    sys.stdout.write("\n".join([f"{out}: {'language model' if part == 'llm' else 'model'} of {path}", *remarks]) + "\n")
 
 
 def from_hf(folder: Path, out: Path) -> None:

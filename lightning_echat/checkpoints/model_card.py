@@ -35,7 +35,9 @@ class CardFields:
     language: list[str] = field(default_factory=list)
 
 
-def write_card(fields: CardFields, *, name: str, about: str, report: Path | None, usage: str) -> str:
+def write_card(
+    fields: CardFields, *, name: str, about: str, report: Path | None, usage: str, spoken: bool = True
+) -> str:
     """The text of a model card.
 
     Args:
@@ -44,11 +46,13 @@ def write_card(fields: CardFields, *, name: str, about: str, report: Path | None
         about: What the model is and where its weights come from.
         report: report.json of `echat evaluate`; the card says so where there is none.
         usage: Code that loads the model.
+        spoken: Whether it hears and speaks; otherwise it is a language model that plain `transformers` loads.
 
     Raises:
         UserError: The report cannot be read.
     """
     name = fields.name or name
+    task = "audio-text-to-text" if spoken else "text-generation"
     scores = list(_scores(_read_report(report))) if report else []
     data = ModelCardData(
         model_name=name,
@@ -56,13 +60,13 @@ def write_card(fields: CardFields, *, name: str, about: str, report: Path | None
         base_model=fields.base_model or None,
         datasets=fields.datasets,
         language=fields.language or None,
-        library_name="lightning-echat",
-        pipeline_tag="audio-text-to-text",
-        tags=["speech", "spoken-dialogue", "empathy"],
+        library_name="lightning-echat" if spoken else "transformers",
+        pipeline_tag=task,
+        tags=["speech", "spoken-dialogue", "empathy"] if spoken else None,
         metrics=sorted({kind for kind, *_ in scores}),
         eval_results=[
             EvalResult(
-                task_type="audio-text-to-text",
+                task_type=task,
                 dataset_type="lightning-echat",
                 dataset_name=split,
                 metric_type=kind,

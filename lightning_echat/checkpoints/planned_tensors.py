@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from rich.console import Console
 from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -135,7 +136,7 @@ def write_sharded(folder: Path, tensors: Mapping[str, PlannedTensor], *, max_sha
     """Write model.safetensors, or several files of at most `max_shard_size` and their index, tensor by tensor."""
     outlines = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
     split = split_torch_state_dict_into_shards(outlines, max_shard_size=max_shard_size)
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("writing weights", total=sum(t.num_bytes for t in tensors.values()))
         for file, names in split.filename_to_tensors.items():
             chosen = {name: tensors[name] for name in names}
@@ -169,5 +170,5 @@ def write_safetensors(
         for name, planned in ordered:
             tensor = planned.make().detach()
             assert tuple(tensor.shape) == planned.shape and tensor.dtype == planned.dtype, name
-            stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             on_written(planned.num_bytes)

@@ -27,10 +27,15 @@ class EChatPretrainedConfig(PreTrainedConfig):
     Attributes:
         echat: `tokens`, `network`, `tied_weights` (name -> the name under which the files hold its tensor) and `step`.
         eos_token_id: The text id that ends a written turn.
+        pad_token_id: The tokenizer's.
+        tie_word_embeddings: The language model scores text with its embedding.
     """
 
     model_type = MODEL_TYPE
     echat: dict[str, Any] | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
 
 
 class EChatPretrainedModel(PreTrainedModel):
@@ -47,13 +52,13 @@ class EChatPretrainedModel(PreTrainedModel):
     def __init__(self, config: EChatPretrainedConfig) -> None:
         super().__init__(config)
         settings = config.echat
-        if settings is None:
-            raise ValueError("the config has no `echat` entry; make the folder with echat convert to-hf")
+        if settings is None or config.eos_token_id is None:
+            raise ValueError("the config lacks `echat` or `eos_token_id`; make the folder with echat convert to-hf")
         tokens = TokensConfig(**settings["tokens"])
         vocabulary = Vocabulary(
             text_size=tokens.text_vocabulary_size,
             codebook_size=tokens.codebook_size,
-            end_of_text=int(config.eos_token_id),  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+            end_of_text=config.eos_token_id,
         )
         self.model = EChatModel(network_from_settings(settings["network"]), tokens=tokens, vocabulary=vocabulary)
         self.post_init()

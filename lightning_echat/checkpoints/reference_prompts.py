@@ -7,16 +7,20 @@ authors and are not part of this project. The clone is parsed and never executed
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_echat.contracts import UserError
+from lightning_echat.data.reference_tags import LABEL_SPELLINGS
 
 _MODEL_FILE = "wenet/osum_echat/llmasr_model_instruct_version.py"
+_LABEL_THINKING_FILE = "wenet/dataset/process/processor_tag_think.py"
 _INSTRUCTIONS_FILE = "conf/prompt_config.yaml"
 CONFIG_FILE = "conf/ct_config.yaml"
 _PROJECT = "OSUM-EChat"
@@ -43,6 +47,15 @@ OUTPUT_TYPES = {
 """Task -> what the reference calls its output type, which there decides the system prompt."""
 
 _LABEL_TAGS = {"<AGE>": "age", "<GENDER>": "gender", "<EMOTION>": "emotion", "<CAPTION>": "event", "<STYLE>": "style"}
+_THINKING_NAMES = {
+    "q_txt": "transcript",
+    "age_tag": "age",
+    "gender_tag": "gender",
+    "q_emotion_tag": "emotion",
+    "caption_tag": "event",
+    "emotion_tag": "reply_emotion",
+}
+"""Names that the reference puts into its label thinking, and what they hold."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +68,7 @@ class ReferencePrompts:
         assistant: Closes a user turn and opens the assistant's.
         earlier_user_end, earlier_reply_end: Close the turns of an earlier exchange.
         instructions: Task tag of the reference -> instructions.
+        thinking: The wording of label thinking, as `tokens.thinking.ThinkingFormat` has it; empty where unknown.
     """
 
     system: dict[str, str]
@@ -63,6 +77,7 @@ class ReferencePrompts:
     earlier_user_end: str = "<|im_end|>\n"
     earlier_reply_end: str = "<|im_end|>\n"
     instructions: dict[str, list[str]] = field(default_factory=dict)
+    thinking: dict[str, Any] = field(default_factory=dict)
 
 
 def reference_prompt_set(prompts: ReferencePrompts) -> dict[str, Any]:
@@ -98,6 +113,7 @@ def reference_prompt_set(prompts: ReferencePrompts) -> dict[str, Any]:
             "speech_codes": True,
         },
         "tasks": tasks,
+        **({"thinking": {**prompts.thinking, "spellings": _spellings()}} if prompts.thinking else {}),
     }
 
 
@@ -111,10 +127,7 @@ def read_clone(clone: Path) -> ReferencePrompts:
     path = root / _MODEL_FILE
     if not path.is_file():
         raise UserError(f"{clone} has no {_MODEL_FILE}; give a clone of the OSUM repository")
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except SyntaxError as error:
-        raise UserError(f"{path} cannot be parsed: {error}") from error
+    tree = _parse(path)
     constants = _string_constants(tree)
     system = dict(_system_prompts(tree, constants))
     user = _after_system_prompt(tree)
@@ -127,13 +140,70 @@ def read_clone(clone: Path) -> ReferencePrompts:
         if theirs in constants
     }
     return ReferencePrompts(
-        system=system, user=user, assistant=assistant, instructions=_read_instructions(root), **ends
+        system=system,
+        user=user,
+        assistant=assistant,
+        instructions=_read_instructions(root),
+        thinking=_read_thinking(root),
+        **ends,
     )
 
 
 def find_root(clone: Path) -> Path:
     """The folder of the code in a clone."""
     return clone / _PROJECT if (clone / _PROJECT).is_dir() else clone
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be parsed: {error}") from error
+
+
+def _read_thinking(root: Path) -> dict[str, Any]:
+    """The wording of label thinking; a clone that has none of this form gives nothing."""
+    path = root / _LABEL_THINKING_FILE
+    formatted = (node for node in ast.walk(_parse(path)) if isinstance(node, ast.JoinedStr)) if path.is_file() else ()
+    return next((wording for node in formatted if (wording := _thinking_of(node))), {})
+
+
+def _thinking_of(node: ast.JoinedStr) -> dict[str, Any]:
+    """An f-string such as `<think>heard {q_txt}, age {age_tag}, reply {emotion_tag}, so<think end>`, taken apart."""
+    words: list[str] = [""]
+    fields: list[str] = []
+    for value in node.values:
+        if isinstance(value, ast.Constant):
+            words[-1] += str(value.value)
+        elif isinstance(value, ast.FormattedValue):
+            fields.append(_THINKING_NAMES.get(ast.unparse(value.value), ""))
+            words.append("")
+    start, end = re.match(r"<[^<>]+>", words[0]), re.search(r"<[^<>]+>$", words[-1])
+    framed = len(fields) > 2 and fields[0] == "transcript" and fields[-1] == "reply_emotion"
+    if not framed or not all(fields) or start is None or end is None:
+        return {}
+    # What stands before every label is no part of its introduction.
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*words[1:-1], strict=False))
+    separator = "".join(letters[0] for letters in same)
+    intros = [word.removeprefix(separator) for word in words[1:-1]]
+    return {
+        "open": start[0],
+        "close": end[0],
+        "transcript": words[0][start.end() :],
+        "fields": dict(zip(fields[1:-1], intros[:-1], strict=True)),
+        "reply_emotion": intros[-1],
+        "separator": separator,
+        "ending": words[-1][: end.start()],
+    }
+
+
+def _spellings() -> dict[str, dict[str, str]]:
+    """How the released weights may write labels, for a prompt set."""
+    return {
+        name: {spelling.lower(): label for label, spelled in labels.items() for spelling in spelled}
+        for name, labels in LABEL_SPELLINGS.items()
+        if labels
+    }
 
 
 def _read_instructions(root: Path) -> dict[str, list[str]]:

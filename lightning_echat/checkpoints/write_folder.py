@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
@@ -19,7 +19,6 @@ from lightning_echat.checkpoints.pretrained import EChatPretrainedConfig, EChatP
 from lightning_echat.contracts import SAMPLE_RATE, UserError
 from lightning_echat.nn.model_folder import PROMPT_SET_NAME, SPEECH_TOKENIZER_NAME
 from lightning_echat.tokens.dialogue_template import TokensConfig, load_tokenizer
-from lightning_echat.tokens.prompts import prompt_set_file
 
 CARD_NAME = "README.md"
 MAX_SHARD_SIZE = "5GB"
@@ -34,7 +33,8 @@ class ModelParts:
     Attributes:
         tensors: Name in `EChatModel` -> tensor; each once, whatever its other names.
         tied_weights: Other name -> the name in `tensors`.
-        tokens: Templates and ids.
+        tokens: Templates and ids; its prompt set is the next one.
+        prompt_set: Text of the prompt set's file.
         network: As `nn.weights.stored_settings` has it, without LoRA.
         step: Optimizer steps that the weights have been trained for.
         card: Text of the model card.
@@ -43,6 +43,7 @@ class ModelParts:
     tensors: Mapping[str, PlannedTensor]
     tied_weights: Mapping[str, str]
     tokens: TokensConfig
+    prompt_set: str
     network: dict[str, Any]
     step: int
     card: str
@@ -75,7 +76,7 @@ def write_model_folder(folder: Path, parts: ModelParts, *, max_shard_size: str =
     """
     tokenizer = load_tokenizer(parts.tokens.tokenizer)
     tokenizer.save_pretrained(folder)
-    shutil.copyfile(prompt_set_file(parts.tokens.prompt_set), folder / PROMPT_SET_NAME)
+    (folder / PROMPT_SET_NAME).write_text(parts.prompt_set, encoding="utf-8")
     tokens = replace(parts.tokens, tokenizer=".", prompt_set=PROMPT_SET_NAME)
     tokens, remarks = _bring_speech_tokenizer(folder, tokens)
     write_sharded(folder, {_PREFIX + name: t for name, t in parts.tensors.items()}, max_shard_size=max_shard_size)
@@ -84,12 +85,12 @@ def write_model_folder(folder: Path, parts: ModelParts, *, max_shard_size: str =
         architectures=[EChatPretrainedModel.__name__],
         # The widest type of all: loading in it changes no value.
         dtype=max((t.dtype for t in parts.tensors.values()), key=lambda dtype: dtype.itemsize),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        pad_token_id=cast(int | None, tokenizer.pad_token_id),
         tie_word_embeddings=bool(architecture.get("tie_word_embeddings", False)),
         echat={
             "tokens": asdict(tokens),
-            "network": parts.network,
+            "network": _without_paths(parts.network),
             "tied_weights": {_PREFIX + alias: _PREFIX + name for alias, name in parts.tied_weights.items()},
             "step": parts.step,
         },
@@ -105,6 +106,15 @@ def write_model_folder(folder: Path, parts: ModelParts, *, max_shard_size: str =
 def write_generation_config(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """How Hugging Face's own generation ends a turn."""
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def _without_paths(network: Mapping[str, Any]) -> dict[str, Any]:
+    """The network with names in place of the folders on this machine that its weights once came from."""
+    named = {part: network[part]["weights"] for part in ("encoder", "llm")}
+    return dict(network) | {
+        part: {**network[part], "weights": Path(weights).name if Path(weights).is_dir() else weights}
+        for part, weights in named.items()
+    }
 
 
 def _bring_speech_tokenizer(folder: Path, tokens: TokensConfig) -> tuple[TokensConfig, list[str]]:

@@ -20,11 +20,14 @@ from rich.progress import Progress
 
 from lightning_echat.contracts import DialogueSample, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, decode_dialogue
+from lightning_echat.data.files import write_atomically
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.reference_data import is_reference
 from lightning_echat.data.reference_tags import read_task
-from lightning_echat.data.shards import ShardPart, StoredDialogue, expand_shards, read_shard
-from lightning_echat.data.writers import SCHEMA, AudioFormat, ShardWriter, write_atomically
+from lightning_echat.data.shard_index import FOLDER_INDEX, INDEX_SUFFIX
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.tar_samples import SCHEMA, StoredSample
+from lightning_echat.data.writers import AudioFormat, ShardWriter
 
 _SKIPPED_ROWS = "skipped.jsonl"
 _SHOWN = 10
@@ -42,7 +45,7 @@ class _Row:
 
     name: str
     place: dict[str, Any]
-    stored: Callable[[], StoredDialogue]
+    stored: Callable[[], StoredSample]
 
 
 def pack(
@@ -111,11 +114,11 @@ def _reference_rows(manifest: Path, *, progress: Progress, counter: SkipCounter)
     """Rows of all files of a description."""
     for unit in progress.track(expand_shards([str(manifest)]), description="packing"):
         for stored in read_shard(ShardPart(path=unit), counter=counter):
-            place = {"shard": stored.shard, "row": stored.index + 1, "key": stored.key}
+            place = {"shard": stored.shard, "row": stored.ordinal + 1, "key": stored.key}
             yield _Row(name=stored.key, place=place, stored=lambda stored=stored: stored)
 
 
-def _read_line(line: str, *, number: int, manifest: Path) -> StoredDialogue:
+def _read_line(line: str, *, number: int, manifest: Path) -> StoredSample:
     """One line of a manifest, with the audio that it names; `SampleRejected` where it cannot be used."""
     try:
         row = json.loads(line)
@@ -128,7 +131,7 @@ def _read_line(line: str, *, number: int, manifest: Path) -> StoredDialogue:
         raise SampleRejected("bad key", f"{key!r} holds a dot")
     sidecar, members = _embed_audio(row, folder=manifest.parent)
     members[SIDECAR] = json.dumps(sidecar).encode()
-    return StoredDialogue(key=key, shard=manifest.name, index=number, members=members)
+    return StoredSample(key=key, shard=manifest.name, ordinal=number, members=members)
 
 
 def _embed_audio(row: dict[str, Any], *, folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -164,7 +167,7 @@ def _write(writer: ShardWriter, sample: DialogueSample) -> None:
 
 def _clear(out: Path, *, overwrite: bool) -> None:
     """Make sure that shards of two runs never stand side by side."""
-    present = [*out.glob("*.tar"), *out.glob("index.json")] if out.is_dir() else []
+    present = [*out.glob("*.tar"), *out.glob(f"*{INDEX_SUFFIX}"), *out.glob(FOLDER_INDEX)] if out.is_dir() else []
     if present and not overwrite:
         raise UserError(f"{out} holds {present[0].name} already: choose another folder or pass --overwrite true")
     if out.exists() and not out.is_dir():
@@ -181,7 +184,7 @@ def _reasons(counter: SkipCounter) -> str:
 def _report(out: Path, *, counter: SkipCounter, skipped: list[dict[str, Any]]) -> None:
     """Say what was packed and what was not, and why; the whole list goes to a file."""
     console = Console()
-    index = json.loads((out / "index.json").read_text())
+    index = json.loads((out / FOLDER_INDEX).read_text())
     line = f"{out}: {index['samples']} dialogues, {index['seconds'] / 3600:.2f} h in {len(index['shards'])} shards"
     console.print(f"{line}; {len(skipped)} skipped" + (f": {_reasons(counter)}" if skipped else ""), soft_wrap=True)
     for row in skipped[:_SHOWN]:

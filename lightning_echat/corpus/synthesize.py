@@ -21,16 +21,15 @@ from lightning_echat import __version__
 from lightning_echat.contracts import UserError
 from lightning_echat.corpus.dialogues import Split, write_script
 from lightning_echat.corpus.espeak import Espeak
-from lightning_echat.corpus.shard_jobs import ShardJob, count_cores, run_jobs
+from lightning_echat.corpus.shard_jobs import ShardJob, make_shards
 from lightning_echat.corpus.word_tokenizer import fit_tokenizer
+from lightning_echat.data.files import TEMPORARY_SUFFIX, write_atomically, write_json
+from lightning_echat.data.process_pool import count_cores
+from lightning_echat.data.shard_index import FOLDER_INDEX, write_index
 from lightning_echat.data.writers import (
-    TEMPORARY_SUFFIX,
     AudioFormat,
     check_audio_format,
     shard_name,
-    write_atomically,
-    write_index,
-    write_json,
 )
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 from lightning_echat.tokens.prompts import load_prompt_set
@@ -39,7 +38,7 @@ from lightning_echat.tokens.thinking import write_label_thinking
 RECIPE = 2
 """Raised whenever the same parameters would give another corpus."""
 
-_MANIFEST, _TEXTS, _TOKENIZER, _INDEX = "corpus.json", "text.jsonl", "tokenizer", "index.json"
+_MANIFEST, _TEXTS, _TOKENIZER = "corpus.json", "text.jsonl", "tokenizer"
 _PROMPT_SET = "english"
 
 _SPLITS = (
@@ -111,7 +110,7 @@ def synthesize(
     }
     _claim_folder(out, parameters=parameters, overwrite=overwrite)
     jobs = list(_jobs(out, splits, seed=seed, audio_format=audio_format, dialogues_per_shard=dialogues_per_shard))
-    run_jobs([job for job in jobs if not job.path.exists()], workers=workers)
+    make_shards([job for job in jobs if not job.path.exists()], workers=workers)
     _finish(out, splits, seed=seed)
 
 
@@ -183,7 +182,7 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
 def _remove_corpus(out: Path, *, made_with: dict[str, Any]) -> None:
     """Delete what an earlier run wrote, and nothing else."""
     for split in made_with["splits"]:
-        for path in [*(out / split).glob("shard-*.tar"), out / split / _INDEX]:
+        for path in [*(out / split).glob("shard-*.tar"), out / split / FOLDER_INDEX]:
             path.unlink(missing_ok=True)
     for path in [out / _TEXTS, *(out / _TOKENIZER).glob("*.json"), out / _MANIFEST]:
         path.unlink(missing_ok=True)
@@ -225,7 +224,7 @@ def _finish(out: Path, splits: tuple[Split, ...], *, seed: int) -> None:
 
 def _index_of(folder: Path) -> dict[str, Any]:
     """The index of a split, written anew when a shard is younger than it."""
-    path = folder / _INDEX
+    path = folder / FOLDER_INDEX
     shards = list(folder.glob("shard-*.tar"))
     if path.exists() and all(shard.stat().st_mtime_ns <= path.stat().st_mtime_ns for shard in shards):
         index = json.loads(path.read_text())

@@ -8,15 +8,10 @@ what was skipped and why; a shard is done again only when its source is younger,
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import multiprocessing
-import os
-import signal
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -24,19 +19,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
 from lightning_echat.data.decoding import SIDECAR, ParsedDialogue, decode_waveform, parse_dialogue
+from lightning_echat.data.files import TEMPORARY_SUFFIX, write_json
+from lightning_echat.data.process_pool import count_cores, progress_bar, run_jobs
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import ShardPart, StoredDialogue, expand_shards, read_shard
-from lightning_echat.data.writers import TEMPORARY_SUFFIX, write_index, write_json
+from lightning_echat.data.shard_index import FOLDER_INDEX, write_index
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.tar_samples import StoredSample
+from lightning_echat.data.writers import add_member
 from lightning_echat.nn.token2wav.interface import SpeechTokenizer, load_speech_tokenizer, read_config
 from lightning_echat.nn.token2wav.kmeans import CONFIG_NAME, fit_kmeans, log_mel_blocks
 
 _MANIFEST = "tokenization.json"
-_INDEX = "index.json"
 _MAX_DIFFERENCE = 0.08
 """Seconds by which codes and audio may differ: two codes."""
 _MAX_SECONDS = 60.0
@@ -110,7 +107,7 @@ def tokenize(
         for name, source in sources.items()
         if not _is_done(source, out / name, record=records.get(name.as_posix()))
     ]
-    _run_jobs(jobs, out=out, records=records, workers=workers or _count_cores())
+    _run_jobs(jobs, out=out, records=records, workers=workers or count_cores())
     _finish(out, names=list(sources), records=records)
 
 
@@ -143,11 +140,6 @@ def find_shards(patterns: Sequence[str], *, out: Path) -> dict[Path, Path]:
 def _shard_folders(root: Path) -> list[Path]:
     """The folder and those below it that hold shards."""
     return sorted({path.parent for path in root.rglob("*.tar")})
-
-
-def _count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fit_if_missing(folder: Path, sources: dict[Path, Path], *, codebook_size: int, seed: int) -> None:
@@ -256,34 +248,12 @@ def _run_jobs(jobs: list[ShardJob], *, out: Path, records: dict[str, Any], worke
     if not jobs:
         return
     fingerprint = _fingerprint(jobs[0].speech_tokenizer)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with progress_bar("shards") as progress:
         bar = progress.add_task("tokenizing", total=len(jobs))
-        workers = min(workers, len(jobs))
-        done = ((job, tokenize_shard(job)) for job in jobs) if workers == 1 else _run_in_pool(jobs, workers=workers)
-        for job, record in done:
+        for job, record in run_jobs(tokenize_shard, jobs, workers=workers):
             records[job.target.relative_to(out).as_posix()] = asdict(record)
             _write_manifest(out, fingerprint=fingerprint, records=records)
             progress.advance(bar)
-
-
-def _start_worker() -> None:
-    """One thread per process, and Ctrl-C left to the parent, which stops the jobs in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def _run_in_pool(jobs: list[ShardJob], *, workers: int) -> Iterator[tuple[ShardJob, ShardRecord]]:
-    """Do the jobs on spawned processes (torch does not survive a fork); yields them as they are done."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    futures: dict[Future[ShardRecord], ShardJob] = {pool.submit(tokenize_shard, job): job for job in jobs}
-    try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        # After Ctrl-C or an error: shards under way are finished, the rest is not begun.
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def tokenize_shard(job: ShardJob) -> ShardRecord:
@@ -305,7 +275,7 @@ def tokenize_shard(job: ShardJob) -> ShardRecord:
                     _count(record.left_out, error.reason)
                     continue
                 for suffix, content in stored.members.items():
-                    _add_member(tar, f"{stored.key}.{suffix}", content)
+                    add_member(tar, f"{stored.key}.{suffix}", content)
                 record.dialogues += 1
         if counter.noticed:
             raise UserError(f"{job.source} cannot be copied whole: {counter.summary()}")
@@ -319,15 +289,7 @@ def _count(counts: dict[str, int], reason: str) -> None:
     counts[reason] = counts.get(reason, 0) + 1
 
 
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Append a member that says nothing about time, user or machine."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    member.mode = 0o644
-    tar.addfile(member, io.BytesIO(content))
-
-
-def add_codes(stored: StoredDialogue, *, tokenizer: SpeechTokenizer, record: ShardRecord) -> None:
+def add_codes(stored: StoredSample, *, tokenizer: SpeechTokenizer, record: ShardRecord) -> None:
     """Put codes into the sidecar of a dialogue, in place; every assistant turn is either tokenized or counted.
 
     Codes that an assistant turn had before are of another tokenizer and are dropped when it gets no new ones.
@@ -350,7 +312,7 @@ def add_codes(stored: StoredDialogue, *, tokenizer: SpeechTokenizer, record: Sha
         sidecar["turns"][index]["codes"] = codes
         record.turns += 1
         record.codes += len(codes)
-    stored.members[SIDECAR] = json.dumps(sidecar, ensure_ascii=False).encode()
+    stored.members = {**stored.members, SIDECAR: json.dumps(sidecar, ensure_ascii=False).encode()}
 
 
 def _turn_codes(parsed: ParsedDialogue, index: int, *, tokenizer: SpeechTokenizer) -> list[int]:
@@ -377,7 +339,7 @@ def _turn_codes(parsed: ParsedDialogue, index: int, *, tokenizer: SpeechTokenize
 def _finish(out: Path, *, names: list[Path], records: dict[str, Any]) -> None:
     """An index per folder where it is missing or out of date, then one line on what there is and what was skipped."""
     for folder in sorted({(out / name).parent for name in names}):
-        index, shards = folder / _INDEX, list(folder.glob("*.tar"))
+        index, shards = folder / FOLDER_INDEX, list(folder.glob("*.tar"))
         if not index.exists() or any(shard.stat().st_mtime_ns > index.stat().st_mtime_ns for shard in shards):
             write_index(folder)
     used = [records[name.as_posix()] for name in names]

@@ -1,12 +1,12 @@
-"""Dialogues to rows, rows to batches: padded by length buckets, or packed first-fit."""
+"""Dialogues to rows, rows to batches: padded among their like in length, or packed first-fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from random import Random
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,12 @@ from lightning_echat.contracts import IGNORE_INDEX, AudioClip, PackedBatch, Toke
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 Row = list[TokenizedDialogue]
+Tag = TypeVar("Tag")
+
+_FRAMES_WEIGHT = 0.25
+"""How much a ratio of mel frames counts against the same ratio of ids when dialogues of like length are sought."""
+_PACKED_SLACK = 0.01
+"""Share of a row that packing leaves empty rather than fill it with a clip of quite another length."""
 
 _FRAME_MULTIPLE = 32
 """Mel frames of a batch are padded to a multiple of it: convolution kernels that were prepared for a shape are used
@@ -30,7 +36,7 @@ class BatchingConfig:
         tokens_per_batch: Most ids in a batch, padding included.
         max_rows: Most rows in a batch.
         max_ids: Longest dialogue; longer ones are skipped and counted. When packing also the capacity of a row.
-        pool: Dialogues looked at together, to sort them by length or to pack them.
+        pool: Dialogues looked at together, to find those of like length or to pack them.
         packed: Several dialogues in a row, which needs an attention that keeps them apart. Otherwise one a row.
         shuffle: Stored dialogues per source and worker held back, still encoded, to be drawn from at random.
         validation_rows: Rows of a validation batch, one dialogue each.
@@ -39,7 +45,7 @@ class BatchingConfig:
     tokens_per_batch: int = 8192
     max_rows: int = 64
     max_ids: int = 2048
-    pool: int = 512
+    pool: int = 1024
     packed: bool = False
     shuffle: int = 256
     validation_rows: int = 8
@@ -73,6 +79,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     """
     width = max((sum(len(d.input_ids) for d in row) for row in rows), default=1)
     height = max(len(rows), 1)
+    clips = [clip for row in rows for dialogue in row for clip in dialogue.clips]
     batch = PackedBatch(
         input_ids=torch.full((height, width), padding),
         labels=torch.full((height, width), IGNORE_INDEX),
@@ -80,6 +87,8 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
         position_ids=torch.zeros(height, width, dtype=torch.long),
         document_ids=torch.zeros(height, width, dtype=torch.long),
         references=[],
+        waveforms=_pad_those_given([clip.waveform for clip in clips]),
+        alterations=_pad_those_given([clip.alterations for clip in clips]),
         health={},
         **_clip_fields(rows, mel_bins),
     )
@@ -123,6 +132,14 @@ def _clip_fields(rows: Sequence[Row], mel_bins: int) -> dict[str, Tensor]:
     }
 
 
+def _pad_those_given(tensors: list[Tensor | None]) -> Tensor | None:
+    """Padded like the others, zeros where a clip has none; None where no clip has any."""
+    some = next((tensor for tensor in tensors if tensor is not None), None)
+    if some is None:
+        return None
+    return pad_sequence([some[:0] if tensor is None else tensor for tensor in tensors], batch_first=True)
+
+
 def _round_up(log_mels: Tensor) -> Tensor:
     """[C, F, M] -> [C, F', M], F' the next multiple of `_FRAME_MULTIPLE`."""
     return F.pad(log_mels, (0, 0, 0, -log_mels.shape[1] % _FRAME_MULTIPLE))
@@ -132,83 +149,105 @@ def _pad(tensors: list[Tensor], nothing: Tensor) -> Tensor:
     return pad_sequence(tensors, batch_first=True) if tensors else nothing
 
 
-def batch_rows(
-    dialogues: Iterable[TokenizedDialogue], *, config: BatchingConfig, random: Random
-) -> Iterator[list[Row]]:
-    """Cut a stream of dialogues into the rows of batches. Nothing is dropped; only the very last may be small."""
-    plan = _packed_batches if config.packed else _padded_batches
-    stream = iter(dialogues)
-    held: list[Row] = []
-    while pool := list(islice(stream, config.pool)):
-        batches, held = plan([dialogue for row in held for dialogue in row] + pool, config, random)
-        random.shuffle(batches)
-        yield from batches
-    if held:
-        yield held
+class Window(Generic[Tag]):
+    """Dialogues looked at together, oldest first, from which each batch takes those that go well together.
 
+    It is topped up after every batch, so reading is spread evenly over batches. The oldest dialogue is in every batch:
+    none waits longer than `pool` batches, and what fits badly gathers here until it fits with its like.
 
-def _padded_batches(pool: Row, config: BatchingConfig, random: Random) -> tuple[list[list[Row]], list[Row]]:
-    """Sort by length and cut by the budget. The last cut, seldom full, goes back to the pool."""
-    batches: list[list[Row]] = []
-    current: list[Row] = []
-    longest = 0
-    for dialogue in _by_length(pool, config, random):
-        length = len(dialogue.input_ids)
-        rows = len(current) + 1
-        if current and (rows > config.max_rows or rows * max(longest, length) > config.tokens_per_batch):
-            batches.append(current)
-            current, longest = [], 0
-        current.append([dialogue])
-        longest = max(longest, length)
-    return batches, current
-
-
-def _by_length(pool: Row, config: BatchingConfig, random: Random) -> Row:
-    """The pool in an order whose neighbours are alike both in mel frames and in ids.
-
-    The encoder pays for padded frames, the language model for padded ids, and the two lengths hardly go together: a
-    long query may ask for a label alone. So the pool is first parted by frames into strata, then each is sorted by
-    ids, up and down in turn so that its borders fit. With the square root of the number of batches as the number of
-    strata both paddings come out about equal.
+    Attributes:
+        entries: Each dialogue with what the caller wants to know it by.
     """
-    num_ids = sum(len(dialogue.input_ids) for dialogue in pool)
-    strata = max(1, round((num_ids / config.tokens_per_batch) ** 0.5))
-    # Which end comes last is drawn: that end goes back to the pool, and must not be the longest every time.
-    by_frames = sorted(pool, key=_num_frames)
-    ordered: Row = []
-    for i in range(strata):
-        stratum = by_frames[i * len(pool) // strata : (i + 1) * len(pool) // strata]
-        ordered += sorted(stratum, key=lambda dialogue: len(dialogue.input_ids), reverse=i % 2 == 1)
-    return ordered if random.random() < 0.5 else ordered[::-1]
+
+    def __init__(self, config: BatchingConfig) -> None:
+        self.entries: list[tuple[TokenizedDialogue, Tag]] = []
+        self._config = config
+        self._ids = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there is enough to choose from: `pool` dialogues, and ids for two batches."""
+        return len(self.entries) >= self._config.pool and self._ids >= 2 * self._config.tokens_per_batch
+
+    def add(self, dialogue: TokenizedDialogue, tag: Tag) -> None:
+        """A dialogue of at most `max_ids` ids."""
+        self.entries.append((dialogue, tag))
+        self._ids += len(dialogue.input_ids)
+
+    def take(self) -> list[Row]:
+        """Remove the rows of one batch; none when nothing is left."""
+        if not self.entries:
+            return []
+        ids = np.array([len(dialogue.input_ids) for dialogue, _ in self.entries])
+        frames = np.array([_num_frames(dialogue) for dialogue, _ in self.entries])
+        if self._config.packed:
+            chosen = choose_packed(ids, frames, self._config)
+        else:
+            chosen = [[place] for place in choose_padded(ids, frames, self._config)]
+        rows = [[self.entries[place][0] for place in row] for row in chosen]
+        gone = {place for row in chosen for place in row}
+        self.entries = [entry for place, entry in enumerate(self.entries) if place not in gone]
+        self._ids -= sum(len(dialogue.input_ids) for row in rows for dialogue in row)
+        return rows
 
 
 def _num_frames(dialogue: TokenizedDialogue) -> int:
     return max((len(clip.log_mel) for clip in dialogue.clips), default=0)
 
 
-def _packed_batches(pool: Row, config: BatchingConfig, _random: Random) -> tuple[list[list[Row]], list[Row]]:
-    """Pack rows of `max_ids` first-fit, longest first. Rows that make no whole batch, the emptiest, go back."""
-    rows = _first_fit(pool, config.max_ids)
-    rows_per_batch = min(config.tokens_per_batch // config.max_ids, config.max_rows)
-    rows.sort(key=lambda row: -sum(len(dialogue.input_ids) for dialogue in row))
-    whole = len(rows) // rows_per_batch * rows_per_batch
-    batches = [rows[i : i + rows_per_batch] for i in range(0, whole, rows_per_batch)]
-    return batches, rows[whole:]
+def choose_padded(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -> list[int]:
+    """Places of the dialogues of one padded batch: the first, and those that are most like it in length.
+
+    Args:
+        ids: [N] lengths of the dialogues.
+        frames: [N] mel frames of each one's longest clip, 0 without one.
+        config: Sizes.
+    """
+    by_ids = np.abs(np.log(ids / ids[0]))
+    # The two lengths hardly go together: a long query may ask for a label alone. Padded ids cost more than frames do.
+    distance = np.maximum(by_ids, _FRAMES_WEIGHT * _frame_distance(frames, nearness=by_ids))
+    order = np.argsort(distance, kind="stable")
+    rows = np.arange(1, len(order) + 1)
+    fits = (rows * np.maximum.accumulate(ids[order]) <= config.tokens_per_batch) & (rows <= config.max_rows)
+    return order[: len(order) if fits.all() else int(fits.argmin())].tolist()
 
 
-def _first_fit(dialogues: Row, capacity: int) -> list[Row]:
-    """Each dialogue into the first row that has room for it. A pool is small, so no search tree is needed."""
-    rows: list[Row] = []
-    room: list[int] = []
-    for dialogue in sorted(dialogues, key=lambda d: -len(d.input_ids)):
-        length = len(dialogue.input_ids)
-        place = next((i for i, free in enumerate(room) if free >= length), len(rows))
-        if place == len(rows):
-            rows.append([])
-            room.append(capacity)
-        rows[place].append(dialogue)
-        room[place] -= length
-    return rows
+def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -> list[list[int]]:
+    """Places of the dialogues of one packed batch, row by row: first-fit into rows of `max_ids`.
+
+    Rows have room for dialogues of any length, so after the first come those whose clips are about as long as its own:
+    clips are what the encoder pads.
+
+    Args:
+        ids: [N] lengths of the dialogues.
+        frames: [N] mel frames of each one's longest clip, 0 without one.
+        config: Sizes.
+    """
+    num_rows = min(config.tokens_per_batch // config.max_ids, config.max_rows)
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    room = [config.max_ids] * num_rows
+    enough = int(_PACKED_SLACK * config.max_ids)
+    lengths = ids.tolist()
+    for place in np.argsort(_frame_distance(frames, nearness=np.arange(len(ids))), kind="stable").tolist():
+        number = next((n for n, free in enumerate(room) if lengths[place] <= free), None)
+        if number is not None:
+            rows[number].append(place)
+            room[number] -= lengths[place]
+            if max(room) <= enough:
+                break
+    return [row for row in rows if row]
+
+
+def _frame_distance(frames: np.ndarray, *, nearness: np.ndarray) -> np.ndarray:
+    """[N] log ratio of each one's frames to the first one's; 0 without a clip, which has no frames to pad.
+
+    Where the first has no clip, that of the nearest with one is the measure.
+    """
+    heard = frames > 0
+    if not heard.any():
+        return np.zeros(len(frames))
+    measure = frames[0] or frames[np.where(heard, nearness, np.inf).argmin()]
+    return np.abs(np.log(np.where(heard, frames, measure) / measure))
 
 
 def padding_share(batch: PackedBatch) -> float:

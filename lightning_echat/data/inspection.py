@@ -21,7 +21,8 @@ from lightning_echat.contracts import (
 from lightning_echat.data.decoding import ParsedDialogue, parse_dialogue
 from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import ShardPart, StoredDialogue, expand_shards, read_shard
+from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
+from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.tasks import task_from_name
 from lightning_echat.tokens.thinking import parse_thinking
@@ -82,7 +83,7 @@ def inspect(
     print_dialogue(sample, dialogue, reader.tokenizer, console=Console())
 
 
-def find_dialogue(paths: list[str], *, index: int | str) -> tuple[StoredDialogue, int | None]:
+def find_dialogue(paths: list[str], *, index: int | str) -> tuple[StoredSample, int | None]:
     """The dialogue at a place over all shards, or with a key; and the exchange asked for after a #.
 
     Raises:

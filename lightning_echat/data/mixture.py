@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from random import Random
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from lightning_echat.contracts import UserError
 from lightning_echat.tokens.tasks import DialogueTask, SpeechLayout, TaskKind
 from lightning_echat.tokens.thinking import ThinkingForm
 
-Drawn = TypeVar("Drawn")
+MixtureUnit = Literal["samples", "tokens"]
+"""What the weights of a mixture share out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +45,9 @@ class SourceConfig:
     Attributes:
         shards: Patterns (see `expand_shards`).
         tasks: At least one; a validation set has exactly one.
-        weight: Share among the sources, relative, counted in dialogues.
-        repeat: Start over when all has been read. False drops the source then, and the others share its weight.
+        weight: Share among the sources, relative.
+        repeat: Start over when all has been read. False drops the source then, and the others share its weight; where
+            no source is repeated, an epoch of training ends with the last of them.
         name: How reports call it.
     """
 
@@ -58,7 +59,7 @@ class SourceConfig:
 
 
 def check_sources(sources: Sequence[SourceConfig]) -> None:
-    """Raise `UserError` for a mixture that cannot be drawn from, or that would end before training does."""
+    """Raise `UserError` for a mixture that cannot be drawn from."""
     if not sources:
         raise UserError("no train sources given")
     names = [source.name for source in sources]
@@ -70,8 +71,6 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
             raise UserError(f"source {source.name!r} names no task")
         for task in source.tasks:
             _check_weight(task.weight, f"source {source.name!r}, task {task.task.name}")
-    if not any(source.repeat for source in sources):
-        raise UserError("no train source has repeat: true; ranks would run dry at different steps")
 
 
 def _check_weight(weight: float, what: str) -> None:
@@ -79,40 +78,48 @@ def _check_weight(weight: float, what: str) -> None:
         raise UserError(f"{what}: weight is {weight:g}; give a positive number, or leave the entry out")
 
 
-@dataclass(slots=True)
-class Mixture(Iterator[Drawn]):
-    """Draws from several iterators in given shares. Endless as long as one of them is.
+class Mixture:
+    """Says whose turn it is, so that what has been drawn keeps to the weights, among sources and among their tasks.
 
-    The shares hold for what comes out: an iterator that skips unusable samples on its way is simply asked for longer.
+    The next is always the one that is farthest behind its share. So every reader is never more than one dialogue off,
+    and nothing but the totals must be kept to go on. Only what comes out is counted: a source that skips unusable
+    samples on its way is simply asked for longer.
 
-    Attributes:
-        sources: What is drawn from.
-        weights: Their shares, relative.
-        random: Decides; nothing else does.
+    Args:
+        sources: With their tasks and weights.
+        by: What the weights share out: dialogues, or their ids, audio included.
+        drawn: Totals of an interrupted mixture, source by task.
     """
 
-    sources: list[Iterator[Drawn]]
-    weights: list[float]
-    random: Random
-    _alive: list[int] = field(init=False)
+    def __init__(
+        self, sources: Sequence[SourceConfig], *, by: MixtureUnit = "samples", drawn: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._sources = [source.weight for source in sources]
+        self._tasks = [[task.weight for task in source.tasks] for source in sources]
+        self._by = by
+        self.drawn = [list(tasks) for tasks in drawn] or [[0] * len(tasks) for tasks in self._tasks]
 
-    def __post_init__(self) -> None:
-        """All sources are there at first."""
-        self._alive = list(range(len(self.sources)))
+    def next_source(self, alive: Sequence[int]) -> int:
+        """Place of the source, among those in `alive`, whose turn it is."""
+        return min(alive, key=lambda place: (sum(self.drawn[place]) + 1) / self._sources[place])
 
-    def __next__(self) -> Drawn:
-        """The next item of a source drawn by weight among those that have not ended."""
-        while self._alive:
-            place = self.random.choices(self._alive, [self.weights[i] for i in self._alive])[0]
-            try:
-                return next(self.sources[place])
-            except StopIteration:
-                self._alive.remove(place)
-        raise StopIteration
+    def next_task(self, source: int) -> int:
+        """Place of the task of `source` whose turn it is."""
+        weights, drawn = self._tasks[source], self.drawn[source]
+        return min(range(len(weights)), key=lambda place: (drawn[place] + 1) / weights[place])
+
+    def add(self, source: int, task: int, *, ids: int) -> None:
+        """A dialogue of `ids` ids has been drawn."""
+        self.drawn[source][task] += ids if self._by == "tokens" else 1
 
 
-def draw_task(tasks: Sequence[TaskConfig], *, random: Random) -> DialogueTask:
-    """One of a source's tasks, by weight."""
-    if len(tasks) == 1:
-        return tasks[0].task
-    return random.choices(tasks, [task.weight for task in tasks])[0].task
+def asked_shares(sources: Sequence[SourceConfig]) -> dict[str, float]:
+    """Share of the mixture asked for by "<source>/<task>", as draws are counted."""
+    shares: dict[str, float] = {}
+    everything = sum(source.weight for source in sources)
+    for source in sources:
+        tasks = sum(task.weight for task in source.tasks)
+        for task in source.tasks:
+            name = f"{source.name}/{task.task.name}"
+            shares[name] = shares.get(name, 0.0) + source.weight / everything * task.weight / tasks
+    return shares

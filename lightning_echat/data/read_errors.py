@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from lightning_echat.contracts import SampleRejected, UserError
 
 _LOG = logging.getLogger(__name__)
 
-READ, KEPT, SKIPPED, NOTICED, DRAWN = "read", "kept", "skipped/", "noticed/", "drawn/"
+READ, KEPT, SKIPPED, NOTICED, DRAWN, DRAWN_IDS = "read", "kept", "skipped/", "noticed/", "drawn/", "drawn_ids/"
 """The keys, or beginnings of keys, of every count. READ is always KEPT plus everything SKIPPED."""
 
 _MIN_READ_TO_JUDGE = 50
@@ -48,9 +49,22 @@ class SkipCounter:
         """Something is odd that costs no sample by itself, or an unknown number of them (a damaged tar)."""
         self._count(NOTICED + reason, shard, key, detail)
 
-    def draw(self, name: str) -> None:
-        """A mixture gave a turn to `name`."""
+    def draw(self, name: str, *, ids: int) -> None:
+        """A mixture took a dialogue of `ids` ids for `name`."""
         self.counts[DRAWN + name] += 1
+        self.counts[DRAWN_IDS + name] += ids
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """What happens inside is not counted: it was, before the run was interrupted."""
+        before = self.counts.copy()
+        yield
+        self.counts = before
+
+    def resume(self, counts: Mapping[str, int]) -> None:
+        """Go on from the totals of an interrupted reader, all of which have been reported."""
+        self.counts = Counter(counts)
+        self._reported = self.counts.copy()
 
     def merge(self, other: SkipCounter | Mapping[str, int]) -> None:
         """Add another counter, or the counts that travelled with a batch (these carry no examples)."""

@@ -160,12 +160,13 @@ def _check_values(data: ReferenceData) -> None:
             raise UserError(f"{data.path}: {error}") from error
     if data.reply_emotion:
         _check_choice(data.reply_emotion, REPLY_EMOTIONS, f"{data.path}: unknown reply_emotion")
-    if not all(isinstance(spellings, Mapping) for spellings in [data.spellings, *dict(data.spellings).values()]):
+    spellings = data.spellings
+    if not isinstance(spellings, Mapping) or not all(isinstance(own, Mapping) for own in spellings.values()):
         raise UserError(f"{data.path}: spellings reads label set -> spelling -> label")
-    for name, spellings in data.spellings.items():
+    for name, own in spellings.items():
         _check_choice(name, LABEL_SPELLINGS, f"{data.path}: unknown label set")
         labels = REPLY_EMOTIONS if name == REPLY_EMOTION else LABEL_SETS[name]
-        for label in spellings.values():
+        for label in own.values():
             _check_choice(label, labels, f"{data.path}: unknown {name}")
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ from lightning_echat.data.reference_rows import MAIN_AUDIO, ReferenceFields, Row
 from lightning_echat.data.reference_tags import LabelReader, ReferenceTask, read_task
 
 _SIDECAR = "json"
+_NUMBERED_AUDIO = re.compile(rf"{MAIN_AUDIO}_\d{{1,4}}")
+_TEXT_MEMBER = re.compile(r"txt|speaker|txt_\d{1,4}")
 _AUDIO_SUFFIXES = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "wma")
 
+_Line = dict[str, Any] | SampleRejected
+"""A line of a list: its object, or why it is none."""
 TarReader = Callable[[str, SkipCounter], Iterator[tuple[str, bytes]]]
 """Path and counter -> names and bytes of the files in a tar, in order; damage is counted and ends it."""
 
@@ -57,7 +61,7 @@ class RowMembers(Mapping[str, bytes]):
 
 @dataclass(slots=True, kw_only=True)
 class ReferenceRow:
-    """A row of a unit: its place there (lines of a list, samples of a tar, from 0), its key, its members."""
+    """A row of a unit: key, place from 0 (the line of a raw list, else in the order read), members."""
 
     key: str
     index: int
@@ -77,7 +81,9 @@ def read_unit(unit: str, *, counter: SkipCounter, tar_members: TarReader) -> Ite
     if reader.data.format == "raw":
         yield from reader.raw_rows(names)
     elif PAIR_MARK in names:
-        yield from reader.combined_rows(*names.split(PAIR_MARK))
+        # Rows come in the order of the tar; their places ascend all the same, as a reader's cursor wants it.
+        for place, row in enumerate(reader.combined_rows(*names.split(PAIR_MARK))):
+            yield replace(row, index=place)
     else:
         yield from reader.shard_rows(names)
 
@@ -96,36 +102,40 @@ class _UnitReader:
     def raw_rows(self, path: str) -> Iterator[ReferenceRow]:
         """JSON lines, each with paths of its recordings."""
         for index, row in self._json_rows(path):
-            yield from self._row(index, row, partial(self._files_of, row))
+            if isinstance(row, SampleRejected):
+                yield from self._rejected(index, row, row)
+            else:
+                yield from self._row(index, row, partial(self._listed_fields, row))
 
     def shard_rows(self, path: str) -> Iterator[ReferenceRow]:
         """A tar with everything in it."""
         for index, (key, group) in enumerate(self._groups(path)):
-            yield from self._row(index, {"key": key}, partial(_tar_fields, {}, group), tag=group.get("task", b""))
+            yield from self._row(index, {"key": key}, partial(_tar_fields, group), tag=group.get("task"))
 
     def combined_rows(self, rows_path: str, tar_path: str) -> Iterator[ReferenceRow]:
         """JSON lines joined to the recordings of a tar by key; in the same order, only one row is held at a time."""
         rows = self._json_rows(rows_path)
-        waiting: dict[str, tuple[int, Any]] = {}
+        waiting: dict[str, tuple[int, dict[str, Any]]] = {}
         for key, group in self._groups(tar_path):
             while key not in waiting and (entry := next(rows, None)) is not None:
                 index, row = entry
                 name = _key(row)
-                if name is None or name in waiting:
-                    reason = ("no key", "") if name is None else ("duplicate key", repr(name))
-                    yield from self._row(index, row, partial(_reject, row, *reason))
+                if isinstance(row, SampleRejected) or name is None:
+                    yield from self._rejected(index, row, SampleRejected("no key"))
+                elif name in waiting:
+                    yield from self._rejected(index, row, SampleRejected("duplicate key", repr(name)))
                 else:
-                    waiting[name] = entry
+                    waiting[name] = (index, row)
             if key in waiting:
                 index, row = waiting.pop(key)
-                yield from self._row(index, row, partial(_tar_fields, row, group))
+                yield from self._row(index, row, partial(_joined_fields, row, group), example=group.get("task"))
             else:
                 self._counter.notice("audio without a row", shard=self._unit, key=key)
         for index, row in (*waiting.values(), *rows):
-            reason = ("missing audio", f"{Path(tar_path).name} holds no {_key(row)}")
-            yield from self._row(index, row, partial(_reject, row, *reason))
+            detail = f"{Path(tar_path).name} holds no {_key(row)}"
+            yield from self._rejected(index, row, SampleRejected("missing audio", detail))
 
-    def _json_rows(self, path: str) -> Iterator[tuple[int, Any]]:
+    def _json_rows(self, path: str) -> Iterator[tuple[int, _Line]]:
         """Line numbers from 0 and what stands there: an object, or the error that it is."""
         try:
             with Path(path).open("rb") as lines:
@@ -151,30 +161,40 @@ class _UnitReader:
         if group:
             yield key, group
 
+    def _rejected(self, index: int, row: _Line, reason: SampleRejected) -> Iterator[ReferenceRow]:
+        """The row as one that cannot be used, whatever its task. Where it is an error itself, that is the reason."""
+        error = row if isinstance(row, SampleRejected) else reason
+        yield ReferenceRow(key=_stored_key(index, row), index=index, members=RowMembers(partial(_raise, error)))
+
     def _row(
-        self, index: int, row: Any, read: Callable[[], ReferenceFields], *, tag: str | bytes = b""
+        self,
+        index: int,
+        row: dict[str, Any],
+        read: Callable[[], ReferenceFields],
+        *,
+        tag: bytes | None = None,
+        example: bytes | None = None,
     ) -> Iterator[ReferenceRow]:
-        """The row, unless its task is not asked for."""
-        task = self._task(row, tag)
+        """The row, unless its task is not asked for. `tag` is its task where the row does not say it."""
+        task = self._task(row, tag, example=example)
         if self._only and isinstance(task, ReferenceTask) and task not in self._only:
             return
-        key = _as_stored(_key(row) or f"line-{index + 1}")
-        yield ReferenceRow(key=key, index=index, members=RowMembers(partial(self._members, row, task, read, key)))
+        key = _stored_key(index, row)
+        yield ReferenceRow(key=key, index=index, members=RowMembers(partial(self._members, task, read, key)))
 
-    def _task(self, row: Any, tag: str | bytes) -> ReferenceTask | SampleRejected:
-        if isinstance(row, SampleRejected):
-            return row
-        text = row.get("task") or (tag.decode("utf-8", "replace") if isinstance(tag, bytes) else tag)
-        if not (text := str(text).strip() or self.data.task):
-            hint = 'add "task" to the row, or task: "<TRANSCRIBE>" or another tag for all rows without one'
-            return SampleRejected("no task", f"{hint} to {self.data.path.name}")
+    def _task(self, row: dict[str, Any], tag: bytes | None, *, example: bytes | None) -> ReferenceTask | SampleRejected:
+        text = str(row.get("task") or _decoded(tag)).strip() or self.data.task
+        if not text:
+            likely = _decoded(example).strip() or "<TRANSCRIBE>"
+            hint = f'give the row a task, or add task: "{likely}", or what is right, to {self.data.path.name}'
+            return SampleRejected("no task", hint)
         try:
             return read_task(text)
         except SampleRejected as error:
             return error
 
     def _members(
-        self, row: Any, task: ReferenceTask | SampleRejected, read: Callable[[], ReferenceFields], key: str
+        self, task: ReferenceTask | SampleRejected, read: Callable[[], ReferenceFields], key: str
     ) -> dict[str, bytes]:
         if isinstance(task, SampleRejected):
             raise task
@@ -185,11 +205,11 @@ class _UnitReader:
                 self._counter.notice(f"unknown {spelling}", shard=self._unit, key=key)
         return {_SIDECAR: json.dumps(sidecar).encode(), **members}
 
-    def _files_of(self, row: dict[str, Any]) -> ReferenceFields:
+    def _listed_fields(self, row: dict[str, Any]) -> ReferenceFields:
         audio = {
             name: partial(self._recording, row, name)
             for name in row
-            if name == MAIN_AUDIO or re.fullmatch(rf"{MAIN_AUDIO}_\d{{1,4}}", name)
+            if name == MAIN_AUDIO or _NUMBERED_AUDIO.fullmatch(name)
         }
         return ReferenceFields(values=row, extra=read_extra(row.get("extra")), audio=audio)
 
@@ -204,7 +224,7 @@ class _UnitReader:
             raise SampleRejected("missing audio", f"{path}: {error.strerror}") from error
 
 
-def _parse(line: bytes) -> dict[str, Any] | SampleRejected:
+def _parse(line: bytes) -> _Line:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -212,39 +232,45 @@ def _parse(line: bytes) -> dict[str, Any] | SampleRejected:
     return row if isinstance(row, dict) else SampleRejected("broken row", "no object on the line")
 
 
-def _key(row: Any) -> str | None:
+def _raise(error: SampleRejected) -> dict[str, bytes]:
+    raise error
+
+
+def _decoded(data: bytes | None) -> str:
+    return (data or b"").decode("utf-8", "replace")
+
+
+def _key(row: _Line) -> str | None:
     key = row.get("key") if isinstance(row, dict) else None
     return str(key).strip() or None if key is not None else None
 
 
-def _as_stored(key: str) -> str:
-    """Keys of shards hold neither dots nor slashes; escaped like this, they stay different and can be read back."""
+def _stored_key(index: int, row: _Line) -> str:
+    """A row's key. Those of shards hold neither dots nor slashes; escaped like this, they stay different."""
     return "".join(
         letter
         if letter.isprintable() and letter not in "./\\%"
         else "".join(f"%{byte:02X}" for byte in letter.encode("utf-8", "surrogatepass"))
-        for letter in key
+        for letter in _key(row) or f"line-{index + 1}"
     )
 
 
-def _reject(row: Any, reason: str, detail: str) -> ReferenceFields:
-    raise row if isinstance(row, SampleRejected) else SampleRejected(reason, detail)
-
-
-def _tar_fields(row: dict[str, Any], group: dict[str, bytes]) -> ReferenceFields:
-    """Members of a tar as fields; where there is a row, its text and `extra` count and not the tar's."""
-    audio = {name: data for name, data in group.items() if re.fullmatch(rf"{MAIN_AUDIO}_\d{{1,4}}", name)}
+def _tar_fields(group: dict[str, bytes]) -> ReferenceFields:
+    """Members of a tar as fields."""
+    audio = {name: partial(bytes, data) for name, data in group.items() if _NUMBERED_AUDIO.fullmatch(name)}
     if found := next((name for name in _AUDIO_SUFFIXES if name in group), None):
-        audio[MAIN_AUDIO] = group[found]
-    names = [name for name in group if name in ("txt", "speaker") or re.fullmatch(r"txt_\d{1,4}", name)]
+        audio[MAIN_AUDIO] = partial(bytes, group[found])
     try:
-        values = {name: group[name].decode("utf-8") for name in names if name not in row}
+        values = {name: data.decode("utf-8") for name, data in group.items() if _TEXT_MEMBER.fullmatch(name)}
     except UnicodeDecodeError as error:
         raise SampleRejected("broken row", f"text is not UTF-8: {error}") from error
-    if row:
-        values = {**{name: value for name, value in values.items() if name != "txt"}, **row}
-    extra = read_extra(row.get("extra") if row else group.get("extra"))
-    return ReferenceFields(values=values, extra=extra, audio={n: partial(bytes, data) for n, data in audio.items()})
+    return ReferenceFields(values=values, extra=read_extra(group.get("extra")), audio=audio)
+
+
+def _joined_fields(row: dict[str, Any], group: dict[str, bytes]) -> ReferenceFields:
+    """The recordings and earlier turns of a tar, everything else of the row: the tar's own text may be an older one."""
+    heard = _tar_fields({name: data for name, data in group.items() if name not in ("txt", "extra")})
+    return ReferenceFields(values={**heard.values, **row}, extra=read_extra(row.get("extra")), audio=heard.audio)
 
 
 def _cut(path: Path, row: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_echat.contracts import SampleRejected
 from lightning_echat.data.reference_tags import ANSWER_MARK, REPLY_EMOTION, LabelReader, ReferenceTask
-from lightning_echat.data.writers import SCHEMA
+from lightning_echat.data.tar_samples import SCHEMA
 
 AudioReader = Callable[[], bytes]
 """Reads a recording only when the task needs it; `SampleRejected` where it cannot."""

@@ -6,11 +6,9 @@ name and renamed when it is whole, so that a shard that exists is a shard that i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -22,15 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, Turn, UserError
+from lightning_echat.data.files import TEMPORARY_SUFFIX
+from lightning_echat.data.shard_index import write_index
+from lightning_echat.data.tar_samples import SCHEMA
 from lightning_echat.tokens.paralinguistics import REPLY_EMOTIONS, check_label
 
 AudioFormat = Literal["wav", "flac"]
 
-SCHEMA = 1
-"""Version of the sidecar and of the index."""
-
-TEMPORARY_SUFFIX = ".tmp"
-_INDEX_NAME = "index.json"
 _LOUDEST = 1.0 + 1e-4
 
 
@@ -38,18 +34,6 @@ def check_audio_format(audio_format: str) -> None:
     """Raise UserError unless audio can be stored in this format."""
     if audio_format not in get_args(AudioFormat):
         raise UserError(f"unknown audio format {audio_format!r}; known: {', '.join(get_args(AudioFormat))}")
-
-
-def write_atomically(path: Path, *, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def write_json(path: Path, *, content: Any) -> None:
-    """Write an indented JSON file atomically."""
-    write_atomically(path, content=(json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def to_int16(audio: Tensor) -> NDArray[np.int16]:
@@ -159,22 +143,23 @@ class ShardFile:
             for turn, name in zip(sample.turns, names, strict=True)
             if turn.audio is not None
         }
-        self._add(f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
+        add_member(self._tar, f"{sample.key}.json", json.dumps(sidecar, ensure_ascii=False).encode())
         for name, content in clips.items():
-            self._add(f"{sample.key}.{name}", content)
+            add_member(self._tar, f"{sample.key}.{name}", content)
         self._keys.add(sample.key)
         self.samples += 1
 
-    def _add(self, name: str, content: bytes) -> None:
-        """Append a member that says nothing about time, user or machine."""
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        member.mode = 0o644
-        self._tar.addfile(member, io.BytesIO(content))
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a member that says nothing about time, user or machine."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    member.mode = 0o644
+    tar.addfile(member, io.BytesIO(content))
 
 
 class ShardWriter:
-    """Writes any number of dialogues as numbered shards of a folder, and the index at the end, for a `with` statement.
+    """Writes any number of dialogues as numbered shards of a folder and indexes them, for a `with` statement.
 
     An error leaves the shards that were finished before it and no index.
 
@@ -228,54 +213,3 @@ def write_shard(path: Path, samples: Iterable[DialogueSample], *, audio_format: 
         for sample in samples:
             shard.write(sample)
     return shard.samples
-
-
-def _sidecars(path: Path) -> Iterable[dict[str, Any]]:
-    """The sidecar of every dialogue of a shard."""
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.name.endswith(".json") else None
-            if file is not None:
-                yield json.load(file)
-
-
-def _describe_shard(path: Path, *, labels: dict[str, Counter[str]]) -> dict[str, Any]:
-    """What the index says of one shard; the labels of its user turns are added to `labels`."""
-    samples, seconds = 0, 0.0
-    try:
-        for sidecar in _sidecars(path):
-            samples += 1
-            for turn in sidecar["turns"]:
-                seconds += turn.get("seconds", 0.0)
-                for label_set, label in turn.get("labels", {}).items() if turn["role"] == "user" else ():
-                    labels.setdefault(label_set, Counter())[label] += 1
-    except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a shard of dialogues: {error!r}") from error
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    return {"file": path.name, "samples": samples, "seconds": round(seconds, 3), "bytes": size, "sha256": digest}
-
-
-def write_index(folder: Path) -> dict[str, Any]:
-    """Describe the shards of a folder in `index.json` from what is in them, and return that description.
-
-    Labels are counted over user turns: what there is to hear.
-
-    Raises:
-        UserError: The folder holds no shard, or one that cannot be read.
-    """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"{folder} holds no shard (*.tar)")
-    labels: dict[str, Counter[str]] = {}
-    shards = [_describe_shard(path, labels=labels) for path in paths]
-    index = {
-        "schema": SCHEMA,
-        "shards": shards,
-        "samples": sum(shard["samples"] for shard in shards),
-        "seconds": round(sum(shard["seconds"] for shard in shards), 3),
-        "labels": {label_set: dict(sorted(labels[label_set].items())) for label_set in sorted(labels)},
-    }
-    write_json(folder / _INDEX_NAME, content=index)
-    return index

@@ -29,7 +29,7 @@ class ChatAnswer:
 
     Attributes:
         query: The wav file that was heard.
-        thinking: What the model wrote about it, parsed; empty without thinking.
+        thinking: What the model wrote about it, as it stands and parsed; empty without thinking.
         text: The words of the reply.
         audio: The wav file of the reply, None where it has no speech.
         seconds: Of the reply's audio.
@@ -78,10 +78,8 @@ def chat(
     waveforms = [read_waveform(path) for path in audio]
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer) if out is not None else None
-    if voice is None:
-        task = DialogueTask(kind="speech_to_text", thinking=thinking)
-    else:
-        task = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
+    spoken = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
+    task = spoken if voice is not None else DialogueTask(kind="speech_to_text", thinking=thinking)
     answers: list[ChatAnswer] = []
     turns: list[Turn] = []
     log_mel = LogMel(mel_bins=trained.tokens.mel_bins)
@@ -162,6 +160,8 @@ def _print(answer: ChatAnswer, *, number: int) -> None:
     heard = ", ".join(f"{name} {labels[name]}" for name in LABEL_SETS if name in labels)
     lines = [f"turn {number}: {answer.query}"]
     if answer.thinking:
+        if answer.thinking["written"] and not answer.thinking["well_formed"]:
+            lines.append(f"  thinks  {answer.thinking['written']}")
         lines.append(f"  heard   {answer.thinking['transcript'] or '(nothing that could be parsed)'}")
         lines.append(f"  voice   {heard or '(nothing that could be parsed)'}")
         lines.append(f"  tone    {answer.thinking['reply_emotion'] or '(none)'}")

@@ -21,10 +21,12 @@ from rich.progress import track
 
 from lightning_echat.contracts import GeneratedReply, SampleRejected, UserError
 from lightning_echat.data.batching import BatchingConfig
-from lightning_echat.data.dialogue_stream import DialogueLoader, ReadingConfig, ValidationStream
+from lightning_echat.data.dialogue_stream import ReadingConfig
+from lightning_echat.data.loader import ValidationLoader
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
 from lightning_echat.data.query_audio import read_query_audio
 from lightning_echat.data.shards import expand_shards
+from lightning_echat.data.validation_stream import ValidationStream
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.evaluation.chat import open_voice
 from lightning_echat.evaluation.machine import machine_facts, package_versions
@@ -93,7 +95,7 @@ def evaluate(
     """Answer, score, and write OUT/report.json and OUT/evaluation/.
 
     Args:
-        checkpoint: A .ckpt file or the folder of a run.
+        checkpoint: A .ckpt file, the folder of a run, or one of echat convert.
         sets: Understanding is measured on all of them, dialogue on the first.
         out: The run folder. What stages and data left there (stage_summary.json, data_health.json) joins the report.
         questions: How they are put.
@@ -171,7 +173,7 @@ class _Questions:
             tokens=self.trained.tokens, batching=BatchingConfig(validation_rows=self.config.batch), expand_history=False
         )
         stream = ValidationStream(reading, source=SourceConfig(shards=entry.shards, tasks=[task]), name=entry.name)
-        loader = DialogueLoader.over(stream, num_workers=0)
+        loader = ValidationLoader(stream, num_workers=0)
         for batch in track(loader, description=f"{entry.name}: {task.task.name}", transient=True):
             if batch.references and not all(reference.key in done for reference in batch.references):
                 yield from generate(self.trained.model, batch, self.trained.tokenizer, self.config.decoding)

@@ -92,13 +92,17 @@ def _stages(run: RunFolder) -> list[dict[str, Any]]:
     for name in names:
         curves = run.curves[name]
         losses = {key: _thinned(series) for key, series in curves.items() if "loss" in key}
-        rates = {key: _thinned(series) for key, series in curves.items() if _is_validation_rate(key, series)}
-        rest = {key: values[-1] for key, (_, values) in curves.items() if key not in losses and key not in rates}
-        drawn = [("Loss", losses), ("Validation", rates)]
+        scores = {key: series for key, series in curves.items() if _is_empathy_score(key)}
+        rates = {key: series for key, series in curves.items() if _is_validation_rate(key, series)}
+        drawn = [("Loss", losses), ("Validation", rates), ("Empathy of validation replies, 0 to 100", scores)]
+        shown = {key for _, found in drawn for key in found}
+        rest = {key: values[-1] for key, (_, values) in curves.items() if key not in shown}
         plots = [
             {
                 "title": title,
-                "svg": draw_curves(found, name=f"{name}-{title}", logarithmic=_spans_decades(found)),
+                "svg": draw_curves(
+                    found, name=f"{name}-{title}", logarithmic=title == "Loss" and _spans_decades(found)
+                ),
             }
             for title, found in drawn
             if found
@@ -108,9 +112,17 @@ def _stages(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _is_validation_rate(name: str, series: Series) -> bool:
-    """Accuracies, error and parse rates: what a validation logs and what one axis can hold."""
+    """Accuracies, error and parse rates: what a validation logs and what one axis can hold.
+
+    Macro-F1 runs along the accuracy and would hide it.
+    """
     values = series[1]
-    return name.startswith("val") and "loss" not in name and bool((values >= 0).all() and (values <= 1).all())
+    drawn_elsewhere = "loss" in name or "/macro_f1/" in name or "/empathy/" in name
+    return name.startswith("val") and not drawn_elsewhere and bool((values >= 0).all() and (values <= 1).all())
+
+
+def _is_empathy_score(name: str) -> bool:
+    return name.startswith("val") and "/empathy/" in name and not name.endswith("/count")
 
 
 def _spans_decades(curves: Mapping[str, Series]) -> bool:

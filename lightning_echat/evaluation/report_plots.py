@@ -27,7 +27,7 @@ Series = tuple[np.ndarray, np.ndarray]
 
 def draw_curves(curves: Mapping[str, Series], *, name: str, logarithmic: bool = False) -> str:
     """Lines over the training step. `name` must differ from drawing to drawing on a page."""
-    figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.0 + 0.09 * len(curves)), layout="constrained")
     axes = figure.add_subplot()
     for index, (label, (steps, values)) in enumerate(curves.items()):
         marker = "o" if len(steps) < 30 else None
@@ -38,8 +38,8 @@ def draw_curves(curves: Mapping[str, Series], *, name: str, logarithmic: bool = 
         axes.set_yscale("log")
     axes.set_xlabel("step")
     _dress(figure, axes)
-    columns = 2 if len(curves) > 3 else 1
-    axes.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=columns)
+    # Below the axes: inside, a legend of a dozen names would lie on the lines.
+    figure.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=2, loc="outside lower center")
     return _as_svg(figure, name=name)
 
 

@@ -57,7 +57,7 @@ class EChatStage(L.LightningModule):
         optimizer: Builds the optimizer from the trainable parameters.
         scheduler: Builds a learning-rate schedule that is stepped at every optimizer step; none for a constant rate.
         trainable: Name patterns of the parts that train; empty for the stage's own choice.
-        init_from: Checkpoint or run folder of the stage before.
+        init_from: Checkpoint or run folder of the stage before, or a folder of `echat convert`.
         init_new_parts: Name patterns of weights that `init_from` need not have.
         auxiliary: Weights of the auxiliary losses.
         decoding: How callbacks generate answers.
@@ -341,15 +341,25 @@ def _means(loss: TokenLoss) -> list[tuple[str, Tensor, int]]:
 
 
 def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
-    """Turn the progress of a run into what it would be with another accumulation, as with another number of ranks.
+    """Turn the progress of a run into that of one which is to begin a window of `accumulate` micro-batches.
 
-    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one.
+    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one where
+    the window has another length, as with another number of ranks, or where it was broken off; the gradients of its
+    beginning are gone, and the datamodule gives all of its batches again.
     """
     before = checkpoint.get("accumulate_grad_batches", accumulate)
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    for counts in (progress.get("total", {}), progress.get("current", {})):
-        for name, count in counts.items():
-            counts[name] = count // before * accumulate if before != accumulate else count
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    if progress is None:
+        return
+    # At the end of an epoch Lightning has stepped whatever the length of the window.
+    broken_off = 0 if progress["is_last_batch"] else progress["current"]["processed"] % before
+    for counts in (progress["total"], progress["current"]):
+        batches = counts["processed"] - broken_off
+        if before != accumulate:
+            batches = batches // before * accumulate
+        # Lightning tells by it that the checkpoint was written when a step was over, but not yet what follows one.
+        after_step = not broken_off and counts["completed"] == counts["processed"] - 1
+        counts.update(ready=batches, started=batches, processed=batches, completed=batches - after_step)
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -107,6 +107,11 @@ class DialogueTokenizer:
         self.vocabulary = vocabulary
         self.prompt_set = prompt_set
         self.audio_strides = tuple(audio_strides)
+        # A fast tokenizer is asked directly: what transformers wraps around it costs more than the work.
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
         # Headers and instructions recur in every sample; replies do not and are encoded directly.
         self._encode_fixed = lru_cache(maxsize=4096)(self.encode)
 
@@ -124,7 +129,11 @@ class DialogueTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids without any special token added."""
-        return self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        if not text:
+            return []
+        if self._backend is not None:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text ids -> text, added tokens kept."""

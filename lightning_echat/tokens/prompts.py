@@ -98,8 +98,9 @@ def _prompt_set(content: dict[str, Any]) -> PromptSet:
     if unknown:
         raise KeyError(f"tasks.{unknown[0]} is no task")
     thinking = dict(content.get("thinking", {}))
-    if unknown := [name for name in thinking.get("fields", {}) if name not in LABEL_SETS]:
-        raise KeyError(f"thinking.fields.{unknown[0]} is no label set")
+    for key, known in (("fields", LABEL_SETS), ("spellings", [*LABEL_SETS, "reply_emotion"])):
+        if unknown := [name for name in thinking.get(key, {}) if name not in known]:
+            raise KeyError(f"thinking.{key}.{unknown[0]} is no label set")
     system = content["system"]
     return PromptSet(
         name=content["name"],

@@ -37,6 +37,8 @@ class ThinkingFormat:
         reply_emotion: Introduces the emotion chosen for the reply.
         separator: Stands between the parts.
         ending: A closing remark before the marker, if the form has one.
+        spellings: Label set (or reply_emotion) -> spelling in lower case -> label: how a model that was trained
+            elsewhere writes labels. They are read, never written.
     """
 
     open: str = "<think>"
@@ -46,6 +48,7 @@ class ThinkingFormat:
     reply_emotion: str = "reply: "
     separator: str = " ; "
     ending: str = ""
+    spellings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,7 @@ class ParsedThinking:
         labels: Label set -> label, only labels that exist.
         reply_emotion: The emotion chosen for the reply, None where none was found.
         reply: The text after the thinking; the whole text where there is no thinking.
+        written: The thinking as it stands, without markers; empty where there is none.
         well_formed: True when both markers stand once and in order, words and reply emotion were found, and in the
             label form every field that occurs holds a known label.
     """
@@ -65,6 +69,7 @@ class ParsedThinking:
     labels: dict[str, str]
     reply_emotion: str | None
     reply: str
+    written: str
     well_formed: bool
 
 
@@ -134,7 +139,9 @@ def parse_thinking(text: str, fmt: ThinkingFormat | None = None) -> ParsedThinki
     fmt = fmt or ThinkingFormat()
     thinking, reply, marked = _split(text, fmt)
     if thinking is None:
-        return ParsedThinking(transcript=None, labels={}, reply_emotion=None, reply=reply, well_formed=False)
+        return ParsedThinking(
+            transcript=None, labels={}, reply_emotion=None, reply=reply, written="", well_formed=False
+        )
     if thinking.startswith(fmt.transcript):
         transcript, labels, emotion, clean = _parse_label_form(thinking.removesuffix(fmt.ending), fmt)
     else:
@@ -142,7 +149,12 @@ def parse_thinking(text: str, fmt: ThinkingFormat | None = None) -> ParsedThinki
         clean = True
     well_formed = marked and clean and transcript is not None and emotion is not None
     return ParsedThinking(
-        transcript=transcript, labels=labels, reply_emotion=emotion, reply=reply, well_formed=well_formed
+        transcript=transcript,
+        labels=labels,
+        reply_emotion=emotion,
+        reply=reply,
+        written=thinking,
+        well_formed=well_formed,
     )
 
 
@@ -167,7 +179,8 @@ def _parse_label_form(thinking: str, fmt: ThinkingFormat) -> tuple[str | None, d
         if not found:
             continue
         rest = head
-        label = value.strip().strip("<>").lower()
+        label = "_".join(value.strip().strip("<>").lower().split())
+        label = fmt.spellings.get("reply_emotion" if name == "reply" else name, {}).get(label, label)
         known = REPLY_EMOTIONS if name == "reply" else LABEL_SETS[name]
         if label in known and name not in labels:
             labels[name] = label

@@ -6,7 +6,7 @@ import hashlib
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -69,6 +69,29 @@ def test_data_health_adds_up_what_travels_with_batches(tmp_path: Path) -> None:
         },
     )
     assert logged[-1][1]["data/read"] == 9
+
+
+class MixedData(FakeData):
+    """Two tasks, of which the second was asked for more than it was drawn."""
+
+    mixture_by = "samples"
+    asked_shares: ClassVar = {"a/label": 0.5, "a/transcribe": 0.5}
+    epochs: ClassVar = {"a": 1.25}
+
+
+@pytest.mark.parametrize(("unit", "share"), [("samples", 0.75), ("tokens", 0.6)])
+def test_what_was_drawn_stands_beside_what_was_asked(tmp_path: Path, unit: str, share: float) -> None:
+    """A mixture that drifts from its weights would otherwise go unseen."""
+    health = {"drawn/a/label": 3, "drawn/a/transcribe": 1, "drawn_ids/a/label": 30, "drawn_ids/a/transcribe": 20}
+    logger = RecordingLogger(tmp_path)
+    data = MixedData(train=[make_batch(health=dict(health)) for _ in range(2)])
+    data.mixture_by = unit
+    make_trainer(tmp_path, DataHealth(every_n_steps=2), logger=logger).fit(FakeStage(), datamodule=data)
+    row = next(row for _, row in logger.rows if "data/drawn/a/label" in row)
+    assert row["data/drawn_share/a/label"] == pytest.approx(share)
+    assert row["data/drawn_share/a/transcribe"] == pytest.approx(1 - share)
+    assert (row["data/asked_share/a/label"], row["data/epochs/a"]) == (0.5, 1.25)
+    assert read(tmp_path, "data_health.json")["drawn_share"]["a/label"] == pytest.approx(share)
 
 
 def test_data_health_survives_an_error_and_says_that_it_is_not_complete(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import nn
 
 from datamodules.spoken_dialogue import SpokenDialogueDataModule
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
+from lightning_echat.stages.base import recount_batches
 from lightning_echat.testing import tiny_tokens_config, write_dummy_shards
 
 
@@ -37,6 +39,10 @@ def module(tokens, shards, **options) -> SpokenDialogueDataModule:
     return SpokenDialogueDataModule(tokens=tokens, **{**defaults, **options})
 
 
+def task_set(shards) -> SourceConfig:
+    return SourceConfig(shards=[shards], tasks=[TaskConfig(kind="transcribe")])
+
+
 class Recorder(LightningModule):
     """Learns nothing and writes down what it is given."""
 
@@ -45,6 +51,21 @@ class Recorder(LightningModule):
         self.weight = nn.Parameter(torch.zeros(()))
         self.trained: list[list[str]] = []
         self.validated: Counter[tuple[int, str]] = Counter()
+        self.windows: list[tuple[int, int]] = []
+        self._begun_at = 0
+
+    def on_before_optimizer_step(self, optimizer):
+        """First and last batch of the accumulation window, counted from the window's beginning."""
+        window = self.trainer.accumulate_grad_batches
+        first = len(self.trained) - self._begun_at
+        self.windows.append((0, first - 1) if self.trainer.fit_loop.batch_idx % window == window - 1 else (-1, -1))
+        self._begun_at = len(self.trained)
+
+    def on_load_checkpoint(self, checkpoint):
+        recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def training_step(self, batch: PackedBatch):
         self.trained.append([reference.key for reference in batch.references])
@@ -73,17 +94,96 @@ def test_a_trainer_trains_by_steps_and_validates_every_dialogue_once(tokens, sha
     assert data.validation_loaders["chat"].health.counts["kept"] == 10
 
 
-def test_a_resumed_run_does_not_begin_with_the_same_batches(tokens, shards, tmp_path):
-    options = {"limit_val_batches": 0, "enable_checkpointing": True}
-    first = Recorder()
-    running = trainer(tmp_path, max_steps=6, **options)
-    running.fit(first, module(tokens, shards))
-    running.save_checkpoint(tmp_path / "last.ckpt")
-    second, data = Recorder(), module(tokens, shards)
-    trainer(tmp_path, max_steps=12, **options).fit(second, data, ckpt_path=tmp_path / "last.ckpt", weights_only=False)
-    assert data.resume_step == 6
-    assert len(second.trained) == 6
-    assert second.trained != first.trained
+class SaveAt(Callback):
+    """Saves where a batch has been trained on, and breaks off there."""
+
+    def __init__(self, file: Path, batch: int) -> None:
+        self.file, self.batch = file, batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if batch_idx + 1 == self.batch:
+            trainer.save_checkpoint(self.file)
+            raise Broken
+
+
+class Broken(Exception):
+    """What ends a run in the middle."""
+
+
+@pytest.mark.parametrize(("workers", "k"), [(0, 3), (0, 4), (1, 5), (2, 6)])
+def test_a_resumed_run_sees_the_batches_that_would_have_followed(tokens, shards, tmp_path, workers, k):
+    """Whatever was fetched ahead, between validations, and in the middle of an accumulation window."""
+    options = {
+        "max_steps": 5,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 1,
+    }
+    settings = {"num_workers": workers, "validation": {"words": task_set(shards)}}
+    whole = Recorder()
+    trainer(tmp_path, **options).fit(whole, module(tokens, shards, **settings))
+    file = tmp_path / "k.ckpt"
+    first, second = Recorder(), Recorder()
+    with pytest.raises(Broken):
+        broken = trainer(tmp_path, callbacks=[SaveAt(file, k)], **options)
+        broken.fit(first, module(tokens, shards, **settings))
+    going_on = trainer(tmp_path, **options)
+    going_on.fit(second, module(tokens, shards, **settings), ckpt_path=file, weights_only=True)
+    assert len(whole.trained) == 10 and first.trained == whole.trained[:k]
+    # The gradients of a window that was broken off are gone, so all of it comes again.
+    assert second.trained == whole.trained[k - k % 2 :]
+    assert second.windows == [(0, 1)] * len(second.windows) == [(0, 1)] * (5 - k // 2)
+
+
+def test_a_run_goes_on_with_another_accumulation(tokens, shards, tmp_path):
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    trainer(tmp_path, max_steps=10).fit(whole, module(tokens, shards))
+    file = tmp_path / "k.ckpt"
+    with pytest.raises(Broken):
+        broken = trainer(tmp_path, max_steps=5, accumulate_grad_batches=2, callbacks=[SaveAt(file, 4)])
+        broken.fit(first, module(tokens, shards))
+    again = trainer(tmp_path, max_steps=4, accumulate_grad_batches=3)
+    again.fit(second, module(tokens, shards), ckpt_path=file, weights_only=True)
+    assert second.trained == whole.trained[4:10]
+    assert second.windows == [(0, 2)] * 2
+
+
+def test_what_is_read_once_ends_an_epoch_and_goes_on_in_its_middle(tokens, shards, tmp_path):
+    once = [SourceConfig(shards=[shards], tasks=[TaskConfig(kind="transcribe")], repeat=False)]
+    settings = {"train": once, "batching": BatchingConfig(tokens_per_batch=300, max_ids=300, pool=4, shuffle=4)}
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(whole, module(tokens, shards, **settings))
+    keys = Counter(key for batch in whole.trained for key in batch)
+    assert keys == Counter({f"dialogue-{i:06d}": 2 for i in range(10)})
+    file, k = tmp_path / "k.ckpt", len(whole.trained) // 2 - 2
+    with pytest.raises(Broken):
+        broken = trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[SaveAt(file, k)])
+        broken.fit(first, module(tokens, shards, **settings))
+    again = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    again.fit(second, module(tokens, shards, **settings), ckpt_path=file, weights_only=True)
+    assert second.trained == whole.trained[k:]
+    assert again.current_epoch == 2
+
+
+def test_another_seed_is_refused(tokens, shards, tmp_path):
+    running = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    running.fit(Recorder(), module(tokens, shards))
+    running.save_checkpoint(tmp_path / "k.ckpt")
+    with pytest.raises(UserError, match=r"data\.seed was 0 and is now 3"):
+        trainer(tmp_path, max_steps=4).fit(
+            Recorder(), module(tokens, shards, seed=3), ckpt_path=tmp_path / "k.ckpt", weights_only=True
+        )
+
+
+def test_shares_and_epochs_are_there_to_be_logged(tokens, shards, tmp_path):
+    data = module(tokens, shards)
+    assert data.asked_shares == {"data/speech_to_text.label_thinking": 1.0}
+    assert data.epochs == {}
+    trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(Recorder(), data)
+    read = data.train_loader.health.counts["read"]
+    # Counted in whole shards, of half an epoch; what waits in the buffers has been read too.
+    assert read / 10 - 1 < data.epochs["data"] < read / 10 + 2
 
 
 def test_yaml_fills_every_setting(tokens, shards):

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import soundfile
 import torch
 import yaml
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -108,7 +110,8 @@ def test_a_folder_holds_what_hugging_face_expects(folder, tokens):
 def test_the_processor_gives_the_features_that_the_model_was_trained_on(folder):
     extract = WhisperFeatureExtractor.from_pretrained(folder)
     audio = dummy_audio(1.0)
-    theirs = extract(audio.numpy(), sampling_rate=16_000, padding=False, return_tensors="pt")["input_features"][0].T
+    options: Any = {"sampling_rate": 16_000, "padding": False, "return_tensors": "pt"}
+    theirs = extract(audio.numpy(), **options)["input_features"][0].T
     torch.testing.assert_close(LogMel()(audio), theirs, atol=1e-4, rtol=0)
 
 
@@ -181,8 +184,8 @@ def test_lora_is_merged(tmp_path, tokens, tokenizer):
     batch = dummy_batch(tokenizer, [SPEAK])
     with torch.no_grad():
         found, wanted = merged(batch).hidden_states, adapted(batch).hidden_states
-        adapted.lm.llm.disable_adapter_layers()
-        assert not torch.allclose(adapted(batch).hidden_states, wanted, atol=1e-2)
+        with cast(PeftModel, adapted.lm.llm).disable_adapter():
+            assert not torch.allclose(adapted(batch).hidden_states, wanted, atol=1e-2)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -194,6 +197,8 @@ def test_plain_transformers_loads_the_language_model_alone(run, tmp_path):
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+    card = yaml.safe_load((tmp_path / "llm/README.md").read_text().split("---\n")[1])
+    assert (card["pipeline_tag"], card["library_name"], card["metrics"]) == ("text-generation", "transformers", [])
     assert AutoTokenizer.from_pretrained(tmp_path / "llm").eos_token_id == theirs.generation_config.eos_token_id
     # It is a language model, and no place to start a stage from.
     with pytest.raises(UserError, match="type 'qwen2', not one of this project"):
@@ -287,7 +292,7 @@ def _values(model: EChatModel) -> dict[str, Tensor]:
 
 def test_a_language_model_of_save_pretrained_loads_as_it_is(run, tmp_path, tokens):
     """Also one in bfloat16, as Qwen is published: training starts from its values, in float32."""
-    source = load_trained(run).model.lm.causal_lm.to(torch.bfloat16)
+    source = load_trained(run).model.lm.causal_lm.bfloat16()
     source.save_pretrained(tmp_path)
     network = tiny_network_config()
     llm = replace(network.llm, weights=str(tmp_path), pretrained=True, architecture={})

@@ -16,6 +16,7 @@ from lightning_echat.contracts import DialogueSample, Turn, UserError
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer
 from lightning_echat.tokens.prompts import load_prompt_set
 from lightning_echat.tokens.tasks import ALL_TASK_NAMES, DialogueTask
+from lightning_echat.tokens.thinking import parse_thinking, write_label_thinking
 
 MODEL = """
 import os, not_installed
@@ -56,6 +57,16 @@ class Model:
         if output_type == "text":
             wavs = batch["feats"]
 """
+LABEL_THINKING = """
+import os
+os.mkdir("executed")
+
+def process(q_txt, age_tag, gender_tag, q_emotion_tag, caption_tag, emotion_tag, txt):
+    told = f"no thinking {q_txt}"
+    think = f"<hm>words={q_txt};who={age_tag};sex={gender_tag};mood={q_emotion_tag};" \\
+        f"noise={caption_tag};tone={emotion_tag};so I answer<hm end>"
+    return f"{think}{txt}"
+"""
 INSTRUCTIONS = {
     "<TRANSCRIBE>": ["write"],
     "<TRANSCRIBE> <EMOTION>": ["write and feel"],
@@ -70,6 +81,8 @@ def clone(tmp_path) -> Path:
     (root / "wenet/osum_echat").mkdir(parents=True)
     (root / "conf").mkdir()
     (root / "wenet/osum_echat/llmasr_model_instruct_version.py").write_text(MODEL, encoding="utf-8")
+    (root / "wenet/dataset/process").mkdir(parents=True)
+    (root / "wenet/dataset/process/processor_tag_think.py").write_text(LABEL_THINKING, encoding="utf-8")
     (root / "conf/prompt_config.yaml").write_text(yaml.safe_dump(INSTRUCTIONS), encoding="utf-8")
     return tmp_path / "clone"
 
@@ -95,6 +108,27 @@ def test_a_prompt_set_of_a_clone_is_an_ordinary_one(clone, tmp_path):
     assert prompt_set.instruction(DialogueTask(kind="transcribe_and_label", labels=("emotion",)), 5) == "write and feel"
     assert prompt_set.instruction(DialogueTask(kind="label", labels=("age", "gender")), 0) == "who"
     assert prompt_set.instruction(DialogueTask(kind="label", labels=("gender",)), 0) == ""
+
+
+def test_label_thinking_is_written_and_read_in_the_words_of_the_clone(clone, tmp_path):
+    """Also as released weights spell labels: in capitals, and those of the reply in Chinese."""
+    path = tmp_path / "set.yaml"
+    words = reference_prompt_set(read_clone(clone))
+    path.write_text(yaml.safe_dump(words, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    fmt = load_prompt_set(str(path)).thinking
+    labels = {"age": "adult", "gender": "male", "emotion": "angry", "event": "throat_clearing"}
+    written = write_label_thinking("go; away", labels, "neutral", fmt)
+    start, end = "<hm>words=go; away;who=", ";so I answer<hm end>"
+    ours = "<adult>;sex=<male>;mood=<angry>;noise=<throat_clearing>;tone=<neutral>"
+    assert written == f"{start}{ours}{end}"
+    theirs = f"{start}<YOUTH>;sex=<MALE>;mood=<anger>;noise=<THROAT CLEARING>;tone=<中立>{end}"
+    for text in (written, theirs):
+        parsed = parse_thinking(text + "sorry", fmt)
+        assert (parsed.transcript, parsed.labels, parsed.reply_emotion) == ("go; away", labels, "neutral")
+        assert parsed.well_formed and parsed.reply == "sorry"
+    assert not parse_thinking(theirs.replace("中立", "?"), fmt).well_formed
+    (clone / "OSUM-EChat/wenet/dataset/process/processor_tag_think.py").unlink()
+    assert "thinking" not in reference_prompt_set(read_clone(clone))
 
 
 def test_earlier_turns_stand_as_the_reference_has_them(clone, tmp_path, compact):

@@ -8,13 +8,13 @@ import torch
 
 from lightning_echat.contracts import SampleRejected
 from lightning_echat.data.decoding import decode_dialogue, decode_waveform, is_clipped, parse_dialogue
-from lightning_echat.data.shards import StoredDialogue
+from lightning_echat.data.tar_samples import StoredSample
 from tests.lightning_echat.data.data_helpers import SIDECAR, members, wav
 
 
-def stored(sidecar=SIDECAR, *, key: str = "a", **kwargs) -> StoredDialogue:
+def stored(sidecar=SIDECAR, *, key: str = "a", **kwargs) -> StoredSample:
     named = {name.removeprefix("a."): data for name, data in members("a", sidecar=sidecar, **kwargs).items()}
-    return StoredDialogue(key=key, shard="s.tar", index=0, members=named)
+    return StoredSample(key=key, shard="s.tar", ordinal=0, members=named)
 
 
 def reason_of(call) -> str:

@@ -1,11 +1,8 @@
-from collections import Counter
-from itertools import islice
-
 import pytest
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.read_errors import SkipCounter
-from lightning_echat.data.shards import ShardPart, expand_shards, read_shard, training_parts
+from lightning_echat.data.shards import ShardPart, expand_shards, read_samples, read_shard
 from tests.lightning_echat.data.data_helpers import members, write_tar
 
 
@@ -57,43 +54,6 @@ def test_no_pattern_at_all_is_refused():
         expand_shards([])
 
 
-SHARDS = [f"{i}.tar" for i in range(7)]
-
-
-@pytest.mark.parametrize("consumers", [1, 2, 3, 7])
-def test_all_readers_together_read_an_epoch_once(consumers):
-    read = Counter()
-    for consumer in range(consumers):
-        parts = training_parts(SHARDS, consumer=consumer, consumers=consumers, seed="0", repeat=False)
-        read.update(part.path for part in parts)
-    assert read == Counter(SHARDS)
-
-
-def test_endless_reading_reads_every_shard_as_often():
-    streams = [training_parts(SHARDS, consumer=i, consumers=2, seed="0", repeat=True) for i in range(2)]
-    read = Counter(part.path for stream in streams for part in islice(stream, 7 * 5))
-    assert set(read.values()) == {10}
-
-
-def test_readers_share_shards_where_there_are_too_few():
-    found = [
-        part
-        for consumer in range(5)
-        for part in training_parts(["a", "b"], consumer=consumer, consumers=5, seed="0", repeat=False)
-    ]
-    assert Counter(found) == Counter(ShardPart(path=path, part=i, parts=3) for path in "ab" for i in range(3))
-
-
-def test_every_epoch_has_an_order_of_its_own_and_the_seed_decides():
-    def order(seed):
-        stream = training_parts(SHARDS, consumer=0, consumers=1, seed=seed, repeat=True)
-        return [part.path for part in islice(stream, 14)]
-
-    assert order("a")[:7] != order("a")[7:]
-    assert order("a") == order("a")
-    assert order("a") != order("b")
-
-
 def read(path, **part):
     counter = SkipCounter()
     return list(read_shard(ShardPart(path=str(path), **part), counter=counter)), counter
@@ -106,7 +66,7 @@ def many(count: int) -> dict[str, bytes]:
 def test_members_of_a_key_come_together(tmp_path):
     dialogues, counter = read(write_tar(tmp_path / "a.tar", many(3)))
     assert [dialogue.key for dialogue in dialogues] == ["k0", "k1", "k2"]
-    assert [dialogue.index for dialogue in dialogues] == [0, 1, 2]
+    assert [dialogue.ordinal for dialogue in dialogues] == [0, 1, 2]
     assert all(set(dialogue.members) == {"json", "0.wav"} for dialogue in dialogues)
     assert not counter.counts
 
@@ -161,7 +121,7 @@ def test_what_is_no_tar_is_counted(tmp_path, content):
 
 
 def test_a_shard_that_vanished_is_counted(tmp_path):
-    assert read(tmp_path / "gone.tar")[1].noticed == {"damaged shard": 1}
+    assert read(tmp_path / "gone.tar")[1].noticed == {"missing shard": 1}
 
 
 def test_a_duplicate_member_is_counted_and_the_first_stays(tmp_path):
@@ -175,3 +135,12 @@ def test_a_member_without_a_key_is_counted(tmp_path):
     dialogues, counter = read(write_tar(tmp_path / "a.tar", {"README": b"x", **members("k")}))
     assert len(dialogues) == 1
     assert counter.noticed == {"member without key": 1}
+
+
+def test_reading_begins_anywhere_and_picks_what_is_asked_for(tmp_path):
+    path = write_tar(tmp_path / "a.tar", many(6))
+    assert [stored.ordinal for stored in read(path, part=1, parts=2)[0]] == [1, 3, 5]
+    later = read_shard(ShardPart(path=str(path), part=1, parts=2), start=2, counter=SkipCounter())
+    assert [(stored.ordinal, stored.key) for stored in later] == [(3, "k3"), (5, "k5")]
+    picked = read_samples(str(path), [4, 0, 9, 4], counter=SkipCounter())
+    assert [(stored.ordinal, stored.key) for stored in picked] == [(0, "k0"), (4, "k4")]

@@ -8,8 +8,9 @@ import torch
 from lightning_echat.contracts import DialogueSample, Turn, UserError
 from lightning_echat.data.decoding import decode_dialogue
 from lightning_echat.data.read_errors import SkipCounter
+from lightning_echat.data.shard_index import write_index
 from lightning_echat.data.shards import ShardPart, read_shard
-from lightning_echat.data.writers import ShardFile, ShardWriter, encode_audio, to_int16, write_index, write_shard
+from lightning_echat.data.writers import ShardFile, ShardWriter, encode_audio, to_int16, write_shard
 
 
 def dialogue(number: int = 0, **fields) -> DialogueSample:

@@ -119,6 +119,7 @@ def test_thinking_is_told_in_its_parts(monkeypatch, tmp_path, checkpoint, questi
         "transcript": "where to",
         "labels": {"age": "old", "event": "cough"},
         "reply_emotion": "comforting",
+        "written": THINKING.removeprefix("<think>").removesuffix("<think end>"),
         "well_formed": True,
     }
     assert answer["finished"] is True
@@ -126,7 +127,15 @@ def test_thinking_is_told_in_its_parts(monkeypatch, tmp_path, checkpoint, questi
     shown = capsys.readouterr().out
     for words in ("where to", "age old, event cough", "comforting", "go left", "answer.wav (0.2 s)", "total 0.50 s"):
         assert words in shown
-    assert "cut short" not in shown
+    assert "cut short" not in shown and "thinks" not in shown
+
+
+def test_thinking_that_cannot_be_parsed_is_shown_as_it_stands(monkeypatch, checkpoint, questions, capsys):
+    """A released model thinks in sentences of its own, which no parser of ours reads."""
+    script(monkeypatch, "<think>ein alter Mann fragt nach dem Weg<think end>go left")
+    chat(checkpoint, questions[:1], thinking="natural")
+    shown = capsys.readouterr().out
+    assert "thinks  ein alter Mann fragt nach dem Weg\n" in shown and "reply   go left\n" in shown
 
 
 def test_an_answer_without_codes_stays_silent(monkeypatch, tmp_path, checkpoint, questions, capsys):
@@ -142,6 +151,16 @@ def test_the_command_takes_several_questions(monkeypatch, tmp_path, checkpoint, 
     words = ["chat", "--checkpoint", str(checkpoint.parent), "--out", str(tmp_path / "answer.wav"), "--json"]
     cli.main([*words, "--audio", str(questions[0]), "--audio", str(questions[1])])
     assert len(json.loads(capsys.readouterr().out)["turns"]) == 2
+
+
+def test_without_a_place_for_sound_the_answer_is_text(monkeypatch, tmp_path, tokens, tokenizer, questions, capsys):
+    """A model whose speech tokenizer is elsewhere can be asked all the same."""
+    asked = script(monkeypatch, THINKING + "go left", codes=0)
+    mute = save_tiny_checkpoint(tmp_path / "mute.ckpt", tiny_model(tokens), tokens)
+    chat(mute, questions[:1], json=True)
+    (answer,) = json.loads(capsys.readouterr().out)["turns"]
+    assert (answer["text"], answer["audio"]) == ("go left", None)
+    assert asked[0].references[0].task == "speech_to_text.label_thinking"
 
 
 def test_a_speech_tokenizer_of_another_size_is_refused(tmp_path, checkpoint, questions, voices):

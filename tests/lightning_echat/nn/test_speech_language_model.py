@@ -122,3 +122,21 @@ def test_gradient_checkpointing_changes_no_gradient(tokens, tokenizer):
     plain, again = gradients
     assert plain.keys() == again.keys() and plain
     assert all(torch.allclose(plain[name], again[name], atol=1e-6) for name in plain)
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=2)])
+def test_rotary_positions_are_rounded_where_the_config_says_so(tokenizer, lora):
+    config = replace(ARCHITECTURE, lora=lora)
+    plain = language_model(tokenizer, config)
+    rounded = language_model(tokenizer, replace(config, rotary_bfloat16=True))
+    positions = torch.arange(50)[None]
+    tables = [lm.causal_lm.get_decoder().rotary_emb(torch.zeros(1), positions) for lm in (plain, rounded)]
+    for exact, coarse in zip(*tables, strict=True):
+        assert coarse.dtype == torch.float32
+        assert torch.equal(exact.bfloat16().float(), coarse) and not torch.equal(exact, coarse)
+
+
+def test_a_language_model_without_rotary_positions_cannot_round_them(tokenizer):
+    gpt2 = {"model_type": "gpt2", "vocab_size": 260, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    with pytest.raises(UserError, match="rotary_bfloat16"):
+        language_model(tokenizer, LanguageModelConfig(pretrained=False, architecture=gpt2, rotary_bfloat16=True))

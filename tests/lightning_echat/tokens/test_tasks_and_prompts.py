@@ -110,3 +110,34 @@ def test_ctc_spells_letters_and_leaves_the_blank_free():
     assert spell("你好").tolist() == []
     assert int(spell(CTC_ALPHABET).min()) == 1
     assert spell("x").dtype == torch.long
+
+
+def changed_set(tmp_path, **changes) -> str:
+    content = {**yaml.safe_load((prompts._FOLDER / "compact.yaml").read_text()), **changes}
+    path = tmp_path / "set.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_earlier_turns_are_written_like_the_last_unless_a_prompt_set_says_otherwise(tmp_path):
+    """A set made before `history` existed must not change what a model is trained on."""
+    for name in SHIPPED:
+        prompt_set = load_prompt_set(name)
+        plain = prompts.HistoryFormat(assistant=prompt_set.assistant, turn_end=prompt_set.history.turn_end)
+        assert prompt_set.history == plain
+    said = load_prompt_set(changed_set(tmp_path, history={"speech_codes": True, "assistant": "x"})).history
+    assert (said.assistant, said.speech_codes, said.speech_marks, said.end_of_text) == ("x", True, True, True)
+    with pytest.raises(UserError, match="speech_code"):
+        load_prompt_set(changed_set(tmp_path, history={"speech_code": True}))
+
+
+def test_instructions_may_belong_to_certain_labels(tmp_path):
+    tasks = yaml.safe_load((prompts._FOLDER / "compact.yaml").read_text())["tasks"]
+    tasks["label"]["instructions_for"] = {"age, gender": ["who", "whom"]}
+    prompt_set = load_prompt_set(changed_set(tmp_path, tasks=tasks))
+    assert prompt_set.instruction(DialogueTask(kind="label", labels=("age", "gender")), 3) == "whom"
+    # Another order is another answer.
+    assert prompt_set.instruction(DialogueTask(kind="label", labels=("gender", "age")), 3) == "gender, age"
+    tasks["label"]["instructions_for"] = {"age, mood": ["who"]}
+    with pytest.raises(UserError, match=r"instructions_for\.mood is no label set"):
+        load_prompt_set(changed_set(tmp_path, tasks=tasks))

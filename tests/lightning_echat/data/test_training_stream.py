@@ -1,7 +1,5 @@
-import hashlib
 import json
 from collections import Counter
-from itertools import islice
 
 import pytest
 import torch
@@ -9,48 +7,10 @@ import torch
 from lightning_echat.contracts import UserError
 from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
-from lightning_echat.data.dialogue_stream import DialogueLoader, ReadingConfig, TrainingStream, ValidationStream
-from lightning_echat.data.mixture import SourceConfig, TaskConfig
 from lightning_echat.data.writers import write_shard
 from lightning_echat.testing import dummy_dialogue, write_dummy_shards
-from lightning_echat.tokens.tasks import TaskKind
-from tests.lightning_echat.data.data_helpers import SIDECAR, members, wav, write_tar
-
-BATCHING = BatchingConfig(tokens_per_batch=1500, max_ids=700, pool=16, shuffle=8, validation_rows=3)
-
-
-def source(folder, *, name: str = "a", kind: TaskKind = "transcribe", **options) -> SourceConfig:
-    return SourceConfig(**{"name": name, "shards": [str(folder)], "tasks": [TaskConfig(kind=kind)], **options})
-
-
-def reading(tokens, **options) -> ReadingConfig:
-    return ReadingConfig(**{"tokens": tokens, "batching": BATCHING, **options})
-
-
-def training(tokens, sources, *, workers: int = 0, **options) -> DialogueLoader:
-    own = {name: options.pop(name) for name in ("resume_step", "augmentation") if name in options}
-    return DialogueLoader.over(TrainingStream(reading(tokens, **options), sources=sources, **own), num_workers=workers)
-
-
-def validating(tokens, folder, *, workers: int = 0, **options) -> DialogueLoader:
-    stream = ValidationStream(reading(tokens, **options), source=source(folder), name="v")
-    return DialogueLoader.over(stream, num_workers=workers)
-
-
-def keys(batches) -> list[str]:
-    return [reference.key for batch in batches for reference in batch.references]
-
-
-def digest(batches) -> str:
-    everything = hashlib.sha256()
-    for batch in batches:
-        for field in ("input_ids", "labels", "document_ids", "log_mels", "clip_starts"):
-            everything.update(getattr(batch, field).numpy().tobytes())
-    return everything.hexdigest()
-
-
-def some(loader: DialogueLoader, count: int = 12):
-    return list(islice(loader, count))
+from tests.lightning_echat.data.data_helpers import SIDECAR, members, write_tar
+from tests.lightning_echat.data.stream_helpers import digest, keys, some, source, training
 
 
 def test_dialogues_become_batches_that_say_what_was_read(tokens, shards):
@@ -73,11 +33,6 @@ def test_the_same_seed_gives_the_same_batches(tokens, shards, workers):
 
     assert run(0) == run(0)
     assert run(0) != run(1)
-
-
-def test_a_resumed_run_draws_a_new_order(tokens, shards):
-    runs = [keys(some(training(tokens, [source(shards)], resume_step=step))) for step in (0, 0, 100)]
-    assert runs[0] == runs[1] != runs[2]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -138,13 +93,6 @@ def test_packed_rows_hold_several_dialogues(tokens, shards):
     assert batch.input_ids[batch.clip_rows, batch.clip_starts].unique().numel() == 1
 
 
-def test_history_is_expanded_on_request(tokens, tmp_path):
-    folder = write_dummy_shards(tmp_path, shards=1, samples_per_shard=4, exchanges=2)
-    expanded = keys(validating(tokens, folder))
-    assert expanded == [f"dialogue-{i:06d}#{n}" for i in range(4) for n in (1, 2)]
-    assert keys(validating(tokens, folder, expand_history=False)) == [f"dialogue-{i:06d}" for i in range(4)]
-
-
 def test_augmentation_alters_training_only_and_never_history(tokens, tmp_path):
     folder = write_dummy_shards(tmp_path, shards=1, samples_per_shard=1, exchanges=2)
     chat = source(folder, kind="speech_to_text")
@@ -157,64 +105,6 @@ def test_augmentation_alters_training_only_and_never_history(tokens, tmp_path):
     plain, augmented = mels(None), mels(AugmentationConfig())
     assert torch.equal(plain[0], augmented[0])
     assert not torch.equal(plain[1], augmented[1])
-
-
-def test_a_dialogue_longer_than_allowed_is_skipped_and_counted(tokens, shards):
-    short = BatchingConfig(tokens_per_batch=1000, max_ids=40, pool=8, validation_rows=3)
-    loader = validating(tokens, shards, batching=short, max_skip_share=1.0)
-    kept = keys(loader)
-    assert loader.health.skipped["longer than max_ids"] == 24 - len(kept) > 0
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_validation_sees_every_dialogue_once_in_equal_steps(tokens, shards, world_size, workers):
-    read, steps = [], set()
-    for rank in range(world_size):
-        batches = list(validating(tokens, shards, rank=rank, world_size=world_size, workers=workers))
-        steps.add(len(batches))
-        read += keys(batches)
-    assert Counter(read) == Counter(f"dialogue-{i:06d}" for i in range(24))
-    assert len(steps) == 1
-
-
-def test_validation_order_does_not_depend_on_workers_and_repeats(tokens, shards):
-    orders = [keys(validating(tokens, shards, workers=workers)) for workers in (0, 1, 2)]
-    assert orders[0] == orders[1] == orders[2] == [f"dialogue-{i:06d}" for i in range(24)]
-    loader = validating(tokens, shards, workers=2)
-    assert keys(loader) == keys(loader)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_take_equal_steps_although_one_has_nothing_usable(tokens, tmp_path, workers):
-    # Of five dialogues the second, the only one that rank 1 of 2 has in the last batch, and the fourth are broken.
-    folder = tmp_path / "v.tar"
-    content = {}
-    for number in range(8):
-        content |= members(f"k{number}", audio=b"no audio" if number in (1, 3, 5, 7) else wav())
-    write_tar(folder, content)
-    found = []
-    for rank in range(2):
-        loader = validating(tokens, folder, rank=rank, world_size=2, workers=workers, max_skip_share=1.0)
-        batches = list(loader)
-        found.append((len(batches), keys(batches), loader.health.skipped))
-    assert found[0] == (2, ["k0", "k2", "k4", "k6"], {})
-    assert found[1] == (2, [], {"unreadable audio": 4})
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_broken_sidecars_in_validation_are_counted_once_over_all_readers(tokens, tmp_path, workers):
-    path = tmp_path / "v.tar"
-    content = {}
-    for number in range(9):
-        content |= members(f"k{number}", sidecar=b"{" if number in (0, 8) else SIDECAR)
-    write_tar(path, content)
-    total = Counter()
-    for rank in range(2):
-        loader = validating(tokens, path, rank=rank, world_size=2, workers=workers)
-        list(loader)
-        total.update(loader.health.counts)
-    assert total == {"read": 9, "kept": 7, "skipped/broken JSON": 2}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -237,18 +127,6 @@ def test_a_source_without_a_usable_sample_stops_the_run_instead_of_waiting_for_e
         some(training(tokens, [source(path)], workers=workers, max_skip_share=1.0), 1)
 
 
-def test_an_empty_validation_set_is_the_users_to_mend(tokens, tmp_path):
-    path = write_tar(tmp_path / "t.tar", {})
-    with pytest.raises(UserError, match="'v' holds no usable sample"):
-        list(validating(tokens, path))
-
-
-def test_a_validation_set_has_one_task(tokens, shards):
-    two = source(shards, tasks=[TaskConfig(kind="transcribe"), TaskConfig(kind="speech_to_text")])
-    with pytest.raises(UserError, match="names 2 tasks"):
-        ValidationStream(reading(tokens), source=two, name="v")
-
-
 def test_written_dialogues_need_no_audio(tokens, tmp_path):
     dialogue = dummy_dialogue(1)
     for turn in dialogue.turns:
@@ -258,12 +136,6 @@ def test_written_dialogues_need_no_audio(tokens, tmp_path):
     batch = some(loader, 1)[0]
     assert batch.log_mels.shape[0] == 0
     assert batch.num_supervised > 0
-
-
-def test_a_flac_corpus_gives_the_same_batches_as_wav(tokens, tmp_path):
-    wave = write_dummy_shards(tmp_path / "wav", shards=1, samples_per_shard=4)
-    flac = write_dummy_shards(tmp_path / "flac", shards=1, samples_per_shard=4, audio_format="flac")
-    assert digest(validating(tokens, wave)) == digest(validating(tokens, flac))
 
 
 def test_the_sidecar_of_the_helpers_is_what_the_writer_writes(tmp_path):

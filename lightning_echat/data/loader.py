@@ -1,0 +1,177 @@
+"""Torch's loader over our streams: worker processes that end in one line, add up their counts and take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_echat.contracts import PackedBatch, UserError
+from lightning_echat.data.batching import collate
+from lightning_echat.data.ranks import Ranks
+from lightning_echat.data.read_errors import NOTICED, SkipCounter
+from lightning_echat.data.stream_items import StreamEnd, StreamFailure, StreamHealth
+from lightning_echat.data.stream_state import Position
+from lightning_echat.data.training_stream import TrainingStream
+from lightning_echat.data.validation_stream import ValidationStream
+
+
+class _WorkerLoader(DataLoader[PackedBatch]):
+    """What both loaders share.
+
+    Workers end with each pass. They are started once in a training without end, and those of several validation sets
+    would fill the memory if they stayed.
+
+    Attributes:
+        health: Totals over all batches handed out so far.
+    """
+
+    health: SkipCounter
+
+    def __init__(self, stream: Any, *, num_workers: int, pin_memory: bool = False) -> None:
+        super().__init__(
+            stream,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_it_is,
+            worker_init_fn=_single_thread,
+            # A fork has imported everything, and ends when its trainer is killed; a fork server's children do not.
+            multiprocessing_context="fork" if num_workers else None,
+        )
+        self.health = SkipCounter()
+
+    def _items(self) -> Iterator[Any]:
+        """What the workers yield, in turn; their `StreamFailure` as the `UserError` it was."""
+        for item in super().__iter__():
+            if isinstance(item, StreamFailure):
+                raise UserError(item.message)
+            yield item
+
+
+class ValidationLoader(_WorkerLoader):
+    """One pass after the other over a validation set.
+
+    Args:
+        stream: The set.
+        num_workers: Reading processes; 0 reads in this one.
+        pin_memory: For a GPU.
+    """
+
+    def __init__(self, stream: ValidationStream, *, num_workers: int, pin_memory: bool = False) -> None:
+        super().__init__(stream, num_workers=num_workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]  # torch names its own iterator class
+        """One pass over the set."""
+        for item in self._items():
+            self.health.merge(item.counts if isinstance(item, StreamHealth) else item.health)
+            if isinstance(item, PackedBatch):
+                yield item
+
+
+class TrainingLoader(_WorkerLoader):
+    """Training batches that carry the position after them; it goes on from any of those.
+
+    Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.
+
+    Args:
+        stream: The mixture.
+        num_workers: Reading processes; 0 reads in this one.
+        ranks: The processes of the job.
+        position: Where to begin, None for the beginning.
+        pin_memory: For a GPU.
+
+    Attributes:
+        stream: As given.
+        position: After the last batch handed out.
+    """
+
+    stream: TrainingStream
+    position: Position
+
+    def __init__(
+        self,
+        stream: TrainingStream,
+        *,
+        num_workers: int,
+        ranks: Ranks | None = None,
+        position: Position | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(stream, num_workers=num_workers, pin_memory=pin_memory)
+        self.stream = stream
+        self._ranks = ranks or Ranks()
+        self._workers = max(num_workers, 1)
+        self._padding = 0
+        self.position = position or stream.start(workers=self._workers)
+
+    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]  # torch names its own iterator class
+        """Batches from `position` on: without end, or to the end of a pass over sources that are not repeated."""
+        batches = self._own_batches()
+        for batch in self._in_step(batches) if self.stream.finite else batches:
+            self.position = batch.position
+            yield batch
+
+    def _own_batches(self) -> Iterator[PackedBatch]:
+        """This rank's batches, to the end of its last worker."""
+        position = self.stream.position = self.position
+        ended: set[int] = set()
+        for item in self._items():
+            if isinstance(item, StreamEnd):
+                self.health.merge(item.counts)
+                self._padding = item.padding
+                ended.add(item.worker)
+                if len(ended) == self._workers:
+                    return
+            else:
+                position = item.position = position.after(*item.position)
+                self.health.merge(item.health)
+                yield item
+
+    def _in_step(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        """As many batches on every rank: one that has run dry goes on with empty ones until all have.
+
+        Each is handed out once it is known whether another follows, as after the last the next pass begins.
+        """
+        held: PackedBatch | None = None
+        while (batch := self._next_in_step(batches, held)) is not None:
+            if held is not None:
+                yield held
+            held = batch
+        if held is None:
+            raise UserError(f"the train sources hold no usable sample: {self.health.summary()}")
+        held.position = self.stream.start(workers=self._workers, passes=self.position.passes + 1)
+        yield held
+
+    def _next_in_step(self, batches: Iterator[PackedBatch], held: PackedBatch | None) -> PackedBatch | None:
+        """This rank's next batch, an empty one while only others have one, None when nobody has."""
+        batch, failure = None, ""
+        try:
+            batch = next(batches, None)
+        except UserError as error:
+            failure = str(error)
+        has_batch, has_failed = self._ranks.any_of(batch is not None, bool(failure))
+        if has_failed:
+            # All stop, rather than wait for the one that has.
+            raise UserError(failure or "the training data of another rank failed; its own line says why")
+        if batch is None and has_batch:
+            batch = self._empty_batch(held.position if held else self.position)
+        return batch
+
+    def _empty_batch(self, position: Position) -> PackedBatch:
+        batch = collate([], padding=self._padding, mel_bins=self.stream.config.tokens.mel_bins)
+        batch.health = {f"{NOTICED}step without a sample": 1}
+        self.health.merge(batch.health)
+        batch.position = position
+        return batch
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _single_thread(worker: int) -> None:
+    # Each worker is one core's worth; more threads would fight the trainer for the others.
+    torch.set_num_threads(1)
