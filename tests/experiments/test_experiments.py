@@ -37,12 +37,15 @@ QWEN = {
 
 
 def documented() -> dict[str, list[str]]:
-    """Where it stands -> the words of every `echat fit` in the headers of experiments and in Markdown."""
+    """Where it stands -> the words of every `echat fit` in the headers of experiments and in Markdown.
+
+    Those on files that the reader writes, which stand in a shell variable, are left out.
+    """
     files = [*sorted((ROOT / "experiments").rglob("*.yaml")), ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = {}
     for file in files:
         text = re.sub(r"\\\n#? *", "", file.read_text())
-        for number, line in enumerate(re.findall(r"^(?:# )?echat (fit .*)$", text, flags=re.MULTILINE)):
+        for number, line in enumerate(re.findall(r"^(?:# )?echat (fit [^$\n]*)$", text, flags=re.MULTILINE)):
             found[f"{file.relative_to(ROOT)}:{number}"] = shlex.split(line, comments=True)
     return found
 

@@ -238,13 +238,13 @@ def test_unknown_labels_are_counted_by_name_and_own_spellings_known(tmp_path):
 
 
 def test_data_that_was_moved_is_found_below_root_and_a_hint_says_how(tmp_path):
-    rows = [row(wav="/home/them/data/wav/a.wav"), row("b", wav="./common/wav/b.wav")]
+    rows = [row(wav="/disk/them/data/wav/a.wav"), row("b", wav="./common/wav/b.wav")]
     first, second = stored(raw(tmp_path, rows))
-    with pytest.raises(SampleRejected, match=r"outside root.*wav/a.wav exists there: add strip: /home/them/data to"):
+    with pytest.raises(SampleRejected, match=r"outside root.*wav/a.wav exists there: add strip: /disk/them/data to"):
         decode_dialogue(first)
     with pytest.raises(SampleRejected, match=r"missing audio.*wav/b.wav exists there: add strip: common to"):
         decode_dialogue(second)
-    assert reasons(raw(tmp_path, rows, strip="/home/them/data/")) == {"b": "missing audio"}
+    assert reasons(raw(tmp_path, rows, strip="/disk/them/data/")) == {"b": "missing audio"}
     assert reasons(raw(tmp_path, rows, strip="./common")) == {"a": "path outside root"}
 
 
