@@ -37,7 +37,7 @@ from tests.ranks import run_on_ranks, statuses_of_ranks
 from tests.tiny_training import Listed, batches_of, make_stage, make_trainer, recorded, train
 
 ADAM = partial(torch.optim.AdamW, lr=0.01)
-LIMIT = timedelta(seconds=60)
+LIMIT = timedelta(seconds=180)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,7 +443,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_rank_that_is_killed_ends_the_others_with_a_line(tmp_path, tokens):
     """Not after the half hour that is torch's default."""
-    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, KillMe(), timedelta(seconds=20), within=60)
+    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, KillMe(), timedelta(seconds=60), within=240)
     assert statuses == [3, -signal.SIGKILL]
     said = (tmp_path / "said0").read_text()
     assert said.startswith("rank 0 was left alone") and "all_reduce" in said, said
@@ -452,14 +452,14 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_line(tmp_path, tokens):
 
 def test_a_job_that_is_asked_to_stop_saves_first(tmp_path, tokens):
     """One rank is told; all finish the step, save together and leave with 143."""
-    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, StopMe(), LIMIT, within=60) == [143, 143]
+    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, StopMe(), LIMIT, within=240) == [143, 143]
     assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in the background"])
 def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens, background):
     """A rank that fails to write alone would leave the others waiting, or its half checkpoint in place of a whole."""
-    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, background, within=60)
+    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, background, within=240)
     assert statuses == [3, 3]
     for rank in (0, 1):
         said = (tmp_path / f"said{rank}").read_text()
