@@ -2,8 +2,8 @@
 
 Makes shards, then prints samples and seconds of audio per CPU-second: of a plain pipeline (tarfile, soundfile,
 torchaudio's mel, a sample at a time) as the baseline, of each part of the engine, and of the whole with worker
-processes, padded and packed, mels in the worker and left to the device. Ratios are to the baseline with mels, measured
-in the same run; CPU time is counted, so that a busy machine changes little.
+processes, padded and packed, mels in the worker and left to the device. Ratios are to the baseline with mels, in
+the second table measured before and after each row, as a busy machine slows CPUs down too.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ def plain_pipeline(paths: Sequence[Path]) -> dict[str, Speed]:
             speed.samples += 1
         speed.cpu_seconds = time.process_time() - begin
     return speeds
+
+
+def plain_speed(paths: Sequence[Path]) -> Speed:
+    """The baseline alone, to be measured beside each run: neighbours on the machine slow CPUs down as well."""
+    return plain_pipeline(paths)["tar, wav, mel"]
 
 
 def _plain_members(paths: Sequence[Path]) -> Iterator[list[bytes]]:
@@ -253,17 +258,18 @@ def measure(folder: Path, options: argparse.Namespace, console: Console) -> None
     for name, speed in found.items():
         _row(table, f"engine: {name}", speed, baseline)
     console.print(table)
-    table = Table("whole", "workers", "samples / CPU s", "audio s / CPU s", "x baseline", "x reference*",
-                  "of workers alone", "MB a worker", "waited", "padded ids", "padded frames")  # fmt: skip
+    table = Table("batches", "mels in", "workers", "samples / CPU s", "audio s / CPU s", "x base", "x ref.*",
+                  "workers alone", "MB each", "waited", "padded ids", "frames")  # fmt: skip
     for packed in (False, True):
         for on_device in (False, True):
-            batching = BatchingConfig(packed=packed)
-            setting = replace(config, batching=batching, mels_on_device=on_device)
+            setting = replace(config, batching=BatchingConfig(packed=packed), mels_on_device=on_device)
             for workers in options.workers:
+                before = plain_speed(paths)
                 result = whole(setting, source, workers=workers, samples=options.samples,
                                step_seconds=options.step_seconds)  # fmt: skip
-                name = f"{'packed' if packed else 'padded'}, mels {'left to the device' if on_device else 'in workers'}"
-                _whole_row(table, name, workers, result, baseline)
+                rate = (before.rate + plain_speed(paths).rate) / 2
+                names = ("packed" if packed else "padded", "device" if on_device else "worker", str(workers))
+                table.add_row(*names, *_columns(result, rate))
     console.print(table)
     console.print("* by the share of the baseline's speed that it had when both were measured: 107 of 359 samples a "
                   "CPU-second")  # fmt: skip
@@ -275,22 +281,20 @@ def _row(table: Table, name: str, speed: Speed, baseline: Speed) -> None:
     table.add_row(name, f"{speed.rate:,.0f}", f"{audio:,.0f}", f"{speed.rate / baseline.rate:.2f}")
 
 
-def _whole_row(table: Table, name: str, workers: int, result: Whole, baseline: Speed) -> None:
+def _columns(result: Whole, baseline: float) -> list[str]:
+    """What the table says of a run; `baseline` in samples per CPU-second."""
     both = replace(result.worker, cpu_seconds=result.worker.cpu_seconds + result.trainer.cpu_seconds)
-    ratio = both.rate / baseline.rate
-    table.add_row(
-        name,
-        str(workers),
+    return [
         f"{both.rate:,.0f}",
         f"{both.audio_seconds / both.cpu_seconds:,.0f}",
-        f"{ratio:.2f}",
-        f"{ratio / REFERENCE_SHARE:.1f}",
+        f"{both.rate / baseline:.2f}",
+        f"{both.rate / baseline / REFERENCE_SHARE:.1f}",
         f"{result.worker.rate:,.0f}",
         f"{result.memory / 1e6:,.0f}",
         f"{result.waited:.0%}",
         f"{result.padded_ids:.1%}",
         f"{result.padded_frames:.1%}",
-    )
+    ]
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def read_all(count: int, seed: int) -> tuple[Counter, SkipCounter]:
     return seen, counter
 
 
-def test_mutated_samples_are_kept_or_skipped_and_none_is_lost():
-    count = 10_000
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_samples_are_kept_or_skipped_and_none_is_lost(count):
     seen, counter = read_all(count, seed=0)
     counts, skipped = counter.counts, counter.skipped
     assert counts["read"] == counts["kept"] + sum(skipped.values()) == seen["found"]
