@@ -148,9 +148,11 @@ class MeasureSteps(Callback):
     def _read_profile(self, stage: LightningModule) -> None:
         """Peaks of the allocator in each phase, on a CPU; and the time in collective calls."""
         assert self._profiler is not None and self._profiler.profiler is not None
-        events = sorted(self._profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        # Kineto's own events: torch types neither the results nor what they hold.
+        results: Any = self._profiler.profiler.kineto_results
+        events = sorted(results.events(), key=lambda event: event.start_ns())
         held, phase = self.cost.static_bytes, "forward"
-        peaks = dict.fromkeys(PHASES, held)
+        peaks: dict[str, int] = dict.fromkeys(PHASES, held)
         calls = 0
         for event in events:
             name = event.name()

@@ -166,7 +166,8 @@ class ShardedStrategy(ModelParallelStrategy):
     def _start_saving(self, checkpoint: dict[str, Any], partial: Path, path: Path) -> _Saving:
         """Copy the shards and write them in a thread, with collective calls of its own that meet no others."""
         if self._saving_group is None:
-            self._saving_group = dist.new_group(backend="gloo", timeout=self._time_limit)
+            group: Any = dist.new_group(backend="gloo", timeout=self._time_limit)
+            self._saving_group = group
         # Lightning's layout of a sharded checkpoint.
         shards = {"state_dict": checkpoint.pop("state_dict")}
         shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
@@ -198,7 +199,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         """Delete a checkpoint, but not before what takes its place is whole."""
-        self.once_saved(lambda: super(ShardedStrategy, self).remove_checkpoint(filepath))
+        self.once_saved(lambda: super(ShardedStrategy, self).remove_checkpoint(Path(filepath)))
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None

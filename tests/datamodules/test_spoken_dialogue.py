@@ -181,6 +181,7 @@ def test_shares_and_epochs_are_there_to_be_logged(tokens, shards, tmp_path):
     assert data.asked_shares == {"data/speech_to_text.label_thinking": 1.0}
     assert data.epochs == {}
     trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(Recorder(), data)
+    assert data.train_loader is not None
     read = data.train_loader.health.counts["read"]
     # Counted in whole shards, of half an epoch; what waits in the buffers has been read too.
     assert read / 10 - 1 < data.epochs["data"] < read / 10 + 2

@@ -68,9 +68,11 @@ class _PlainLoader(yaml.SafeLoader):
     """Reads Python's tuples as lists."""
 
 
-_PlainLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
+def _as_list(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> list[Any]:
+    return loader.construct_sequence(node, deep=True)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _as_list)
 
 
 def torchrun(config: Path, *options: str) -> list[str]:

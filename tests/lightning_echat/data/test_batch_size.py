@@ -21,7 +21,7 @@ def test_the_answer_trains_and_is_within_a_sixteenth_of_the_largest_that_does(tr
 
     found, too_large = search(trains, smallest=2048, largest=2**20, console=QUIET)
     assert found in tried and found <= true_limit
-    assert too_large in tried and true_limit < too_large
+    assert too_large is not None and too_large in tried and true_limit < too_large
     assert too_large - found <= max(64, found / 16)
     assert len(tried) == len(set(tried)), "no trial twice: each is a whole fit"
 

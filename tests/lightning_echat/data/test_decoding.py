@@ -1,5 +1,6 @@
 import json
 from copy import deepcopy
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -120,8 +121,8 @@ def test_a_broken_sidecar_is_rejected_with_its_reason(sidecar, reason):
 
 
 def test_a_dialogue_without_sidecar_is_rejected():
-    bare = stored()
-    del bare.members["json"]
+    whole = stored()
+    bare = replace(whole, members={name: data for name, data in whole.members.items() if name != "json"})
     assert reason_of(lambda: parse_dialogue(bare)) == "no sidecar"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
+from lightning_echat.contracts import SAMPLE_RATE, PackedBatch, SampleRejected, UserError
 from lightning_echat.corpus.pack import pack
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.decoding import decode_dialogue
@@ -117,6 +117,7 @@ def test_the_three_formats_are_packed_verified_and_trained_on(tmp_path, tokens, 
             assert "2 samples, 2 usable" in capsys.readouterr().out
             stream = TrainingStream(reading, sources=[SourceConfig(shards=shards, tasks=tasks)])
             batch = next(iter(stream))
+            assert isinstance(batch, PackedBatch)
             assert {reference.reply for reference in batch.references} == {"here"}
 
 

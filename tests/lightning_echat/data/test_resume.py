@@ -213,6 +213,7 @@ def test_restoring_reads_only_the_shards_that_buffers_refer_to(tokens, tmp_path,
     monkeypatch.setattr(dialogue_stream, "read_shard", spy(dialogue_stream.read_shard, on))
     some(training(tokens, [source(folder)], position=position, **options()), 1)
     state = position.workers[0]
+    assert state is not None
     held = {ref.shard for ref in dialogues_of(state)}
     assert len(held) < 8 and sorted(again) == sorted(first.stream.shards[0][shard] for shard in held)
     # Besides, the shard that was being read goes on, and those that the next batch takes follow.

@@ -130,7 +130,8 @@ def test_rotary_positions_are_rounded_where_the_config_says_so(tokenizer, lora):
     plain = language_model(tokenizer, config)
     rounded = language_model(tokenizer, replace(config, rotary_bfloat16=True))
     positions = torch.arange(50)[None]
-    tables = [lm.causal_lm.get_decoder().rotary_emb(torch.zeros(1), positions) for lm in (plain, rounded)]
+    decoders: list[Any] = [lm.causal_lm.get_decoder() for lm in (plain, rounded)]
+    tables = [decoder.rotary_emb(torch.zeros(1), positions) for decoder in decoders]
     for exact, coarse in zip(*tables, strict=True):
         assert coarse.dtype == torch.float32
         assert torch.equal(exact.bfloat16().float(), coarse) and not torch.equal(exact, coarse)
