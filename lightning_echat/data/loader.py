@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +41,7 @@ class _WorkerLoader(DataLoader[PackedBatch]):
             num_workers=num_workers,
             pin_memory=pin_memory,
             collate_fn=_as_it_is,
-            worker_init_fn=_single_thread,
+            worker_init_fn=_start_worker,
             # A fork has imported everything, and ends when its trainer is killed; a fork server's children do not.
             multiprocessing_context="fork" if num_workers else None,
         )
@@ -172,6 +176,19 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _single_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     # Each worker is one core's worth; more threads would fight the trainer for the others.
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    """End this process once the trainer is gone.
+
+    Torch's worker notices a killed trainer too, but then waits for ever to hand over what it had prepared: it holds
+    the other end of that pipe itself.
+    """
+    trainer = multiprocessing.parent_process()
+    while trainer is not None and os.getppid() == trainer.pid:
+        time.sleep(1)
+    os._exit(1)
