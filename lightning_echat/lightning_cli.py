@@ -119,7 +119,11 @@ def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
 
 def _quiet() -> None:
     """Silence what a user of ours can neither change nor use: remarks of libraries about each other."""
-    for remark in (r".*isinstance\(treespec, LeafSpec\)", r".*is set, but there is no last checkpoint available"):
+    for remark in (
+        r".*isinstance\(treespec, LeafSpec\)",
+        r".*is set, but there is no last checkpoint available",
+        r"LightningCLI's args parameter is intended",
+    ):
         warnings.filterwarnings("ignore", message=remark)
     # "GPU available: False", tips for a vendor's logger.
     for name in ("lightning.pytorch", "lightning.fabric"):

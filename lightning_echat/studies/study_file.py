@@ -1,5 +1,6 @@
 """A study as its file has it: a base experiment in stages, and variants that are only their differences from it.
 
+    base: shared.yaml                      # optional: another file, which this one overlays
     vars: {out: runs/ablations/example, corpus: runs/quickstart, steps: 100}
     seeds: [0, 1, 2]
     stages:                                # in order; each starts from the one before it
@@ -30,7 +31,7 @@ import yaml
 from lightning_echat.contracts import UserError
 from lightning_echat.recipes.recipe_file import fill, fill_variables, refuse_unknown
 
-_STUDY_KEYS = ("title", "vars", "seeds", "stages", "variants", "figures", "compare_to", "reference", "notes")
+_STUDY_KEYS = ("base", "title", "vars", "seeds", "stages", "variants", "figures", "compare_to", "reference", "notes")
 _REQUIRED = ("vars", "seeds", "stages", "variants", "figures")
 SKIP = "skip"
 
@@ -123,10 +124,7 @@ def load_study(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] =
     """
     if not path.is_file():
         raise UserError(f"no study {str(path)!r}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
-        raise UserError(f"{path}: a study holds {', '.join(_REQUIRED)}; stages are a list")
-    refuse_unknown(content, _STUDY_KEYS, f"{path}:")
+    content = _content(path)
     if missing := [key for key in _REQUIRED if not content.get(key)]:
         raise UserError(f"{path}: {missing[0]} is missing; a study holds {', '.join(_REQUIRED)}")
     variables = fill_variables(content["vars"], overrides, path)
@@ -151,6 +149,22 @@ def load_study(path: Path, overrides: Sequence[str] = (), seeds: Sequence[int] =
         notes=str(content.get("notes", "")).strip(),
         variables=variables,
     )
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a file says, on top of what the file under `base` says: variables one by one, everything else as a whole."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a study holds {', '.join(_REQUIRED)}, of its own or in the file under base")
+    refuse_unknown(content, _STUDY_KEYS, f"{path}:")
+    if (base := content.pop("base", None)) is None:
+        return content
+    # A path as in commands: from the folder where the study is run; or beside the study.
+    found = next((file for file in (Path(str(base)), path.parent / str(base)) if file.is_file()), None)
+    if found is None:
+        raise UserError(f"{path}: base {str(base)!r} is no file")
+    below = _content(found)
+    return {**below, **content, "vars": {**(below.get("vars") or {}), **(content.get("vars") or {})}}
 
 
 def _seeds(given: Any, path: Path) -> tuple[int, ...]:
