@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lightning_echat.contracts import UserError
-from lightning_echat.recipes.fingerprints import code_fingerprint, fingerprints
+from lightning_echat.recipes.fingerprints import code_fingerprint, dependencies, fingerprints
 from lightning_echat.recipes.step_run import RunCommand, alone_in, is_current, read_state, terminated_as_exit
 from lightning_echat.studies import tables
 from lightning_echat.studies.live_table import log_folder, shown
@@ -60,11 +60,11 @@ def ablate(
     study = load_study(path, overrides, seeds)
     plan = plan_study(study, resolve=resolve)
     prints = fingerprints(plan.recipe, code=code_fingerprint())
-    console.print(
-        f"{study.title}: {len(plan.runs)} runs, {len(plan.recipe.steps)} stages to train or score", markup=False
-    )
+    reads = dependencies(plan.recipe)
+    counts = f"{len(plan.runs)} runs, {len(plan.recipe.steps)} stages to train or score"
+    console.print(f"{study.title}: {counts}", markup=False, soft_wrap=True)
     if slurm is not None:
-        again = ["echat", "ablate", str(path), *(f"--set={pair}" for pair in overrides)]
+        again = [_own_command(), "ablate", str(path), *(f"--set={pair}" for pair in overrides)]
         again += [f"--seeds={seed}" for seed in seeds] + [f"--threads={threads}"]
         console.print(f"bash {write_jobs(plan, slurm, command=again)}", markup=False, soft_wrap=True)
         return
@@ -75,6 +75,8 @@ def ablate(
         progress = _found(plan)
     else:
         progress = _run(plan, prints, console, run_command, parallel=parallel, threads=threads, only=only)
+    if only not in (None, TABLE) and progress[only].status in ("waiting", "blocked"):
+        raise UserError(f"--only {only}: what it reads is not made yet; run {', '.join(sorted(reads[only]))} first")
     if only in (None, TABLE):
         results = collect(study, plan, progress)
         write_results(results, study.out)
@@ -110,6 +112,12 @@ def _run(
     except KeyboardInterrupt:
         sys.stderr.write(f"\nstopped; the same command continues ({out})\n")
         raise
+
+
+def _own_command() -> str:
+    """`echat` of this environment, which a job's shell need not have activated."""
+    beside = Path(sys.executable).with_name("echat")
+    return str(beside) if beside.is_file() else "echat"
 
 
 def _found(plan: Plan) -> dict[str, Progress]:

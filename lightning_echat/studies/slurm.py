@@ -30,7 +30,8 @@ submit() {{ # NAME KIND NEEDED...
   for one in "$@"; do needed+=("${{job[$one]}}"); done
   local after=(); [ ${{#needed[@]}} -eq 0 ] || after=(--dependency="$kind:$(IFS=:; echo "${{needed[*]}}")")
   # A job whose stage before has failed would wait for ever.
-  job[$name]=$(sbatch --parsable --kill-on-invalid-dep=yes ${{SBATCH_OPTIONS:-}} ${{after[@]+"${{after[@]}}"}} "{folder}/$name.sbatch" | cut -d';' -f1)
+  job[$name]=$(sbatch --parsable --kill-on-invalid-dep=yes ${{SBATCH_OPTIONS:-}} ${{after[@]+"${{after[@]}}"}} \\
+    "{folder}/$name.sbatch" | cut -d';' -f1)
   echo "$name: job ${{job[$name]}}"
 }}
 """

@@ -78,8 +78,8 @@ def as_markdown(results: StudyResults) -> str:
         lines += [study.notes, ""]
     lines += [
         f"`{study.path}`, seeds {', '.join(map(str, study.seeds))}. Mean over seeds ± half of the 95 % t interval. "
-        f"{results.seconds_spent / 60:.1f} minutes of work in all, stages that variants share counted once; the minutes "
-        "of a row are those of one run alone.",
+        f"{results.seconds_spent / 60:.1f} minutes of work in all, stages that variants share counted once; the "
+        "minutes of a row are those of one run alone.",
         "",
         *_markdown_table(["variant", *heads(results), "seeds", "minutes", "steps"], score_rows(results)),
         "",
