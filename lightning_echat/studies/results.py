@@ -84,7 +84,7 @@ class StudyResults:
         return estimate(list(self.values(variant, figure).values()))
 
     def difference(self, variant: str, figure: str) -> Estimate:
-        """Of a variant from the one that all are compared to, seed by seed, so that what a seed does to both cancels."""
+        """Of a variant from the one that all are compared to, seed by seed: what a seed does to both cancels."""
         ours, theirs = self.values(variant, figure), self.values(self.study.compare_to, figure)
         return estimate([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
