@@ -40,12 +40,14 @@ def log_summary(results: StudyResults, out: Path) -> None:
         dir=out,
         config={"study": str(study.path), "seeds": list(study.seeds), "variables": dict(study.variables)},
     ) as run:
-        run.log({"runs": wandb.Table(columns=columns, data=rows), "plot": wandb.Image(str(out / "results.png"))})
+        means: dict[str, float | None] = {}
         for variant in study.variants:
             for figure in study.figures:
                 found = results.estimate(variant.name, figure.name)
-                run.summary[f"{figure.name}/{variant.name}"] = _or_none(found.mean)
-                run.summary[f"{figure.name}/{variant.name}/half_width"] = _or_none(found.half_width)
+                means[f"{figure.name}/{variant.name}"] = _or_none(found.mean)
+                means[f"{figure.name}/{variant.name}/half_width"] = _or_none(found.half_width)
+        table = wandb.Table(columns=columns, data=rows)
+        run.log({**means, "runs": table, "plot": wandb.Image(str(out / "results.png"))})
 
 
 def _or_none(value: float) -> float | None:

@@ -186,7 +186,7 @@ def test_a_killed_study_leaves_nobody_behind_and_continues() -> None:
     children = step_run.psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    gone, alive = step_run.psutil.wait_procs(children, timeout=20)
+    _, alive = step_run.psutil.wait_procs(children, timeout=20)
     assert children and not alive
     unfinished = [file.stem for file in states.glob("second-*.json") if '"unfinished"' in file.read_text()]
     assert unfinished
@@ -283,6 +283,7 @@ def test_an_interval_is_student_s() -> None:
 def test_the_table_goes_to_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(seeds=[0])
-    (folder,) = Path("out/wandb").glob("offline-run-*")
-    logged = read_run(folder)
-    assert logged.summary["points/large"] == 23.0
+    logged = read_run(Path("out"))
+    assert logged.history[-1]["points/large"] == 23.0
+    table, _ = logged.table("runs")
+    assert len(table["data"]) == 4 and table["columns"][:3] == ["variant", "seed", "points"]
