@@ -91,6 +91,7 @@ COMMANDS: dict[str, Command] = {
     "ablate": Command(
         "run a study: variants of an experiment, compared over seeds", "lightning_echat.cli:ablate", "study"
     ),
+    "sweep": Command("run a W&B sweep file here, with no account", "lightning_echat.cli:sweep", "file"),
 }
 _LIGHTNING_COMMANDS = tuple(name for name, command in COMMANDS.items() if not command.function)
 
@@ -206,6 +207,38 @@ def ablate(
         threads=threads,
         only=only,
         slurm=slurm,
+    )
+
+
+def sweep(
+    file: Path,
+    trials: int | None = None,
+    parallel: int = 1,
+    threads: int = 1,
+    out: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Run an ordinary W&B sweep file on this machine with W&B's own search engine, and no account.
+
+    Args:
+        file: The sweep file, which `wandb sweep` takes as well.
+        trials: How many; the file's run_cap where not given, or all of a grid.
+        parallel: How many trials are trained at a time.
+        threads: Of each of them.
+        out: Folder of the sweep; runs/sweeps/NAME where not given.
+        seed: Of the search.
+    """
+    from lightning_echat.studies.sweep import sweep as run_sweep
+
+    run_sweep(
+        file,
+        run_command=main,
+        resolve=resolve,
+        trials=trials,
+        parallel=parallel,
+        threads=threads,
+        out=out,
+        seed=seed,
     )
 
 
