@@ -83,8 +83,8 @@ def summary(found: Importance | None, ends: Mapping[str, str]) -> list[str]:
     if found is None:
         return [f"Fewer than {FEWEST_TRIALS} trials with different values: which parameters mattered cannot be said."]
     lines = [
-        f"A random forest over {found.trials} trials predicts {found.explained:.0%} of the variance of trials that it has "
-        "not seen"
+        f"A random forest over {found.trials} trials predicts {found.explained:.0%} of the variance of trials that it "
+        "has not seen"
         + (". " if found.explained > 0 else ", so the trials do not tell which parameters mattered. ")
         + "Permutation importance, and Spearman's rank correlation with the metric:",
         "",

@@ -1,8 +1,8 @@
 """A W&B sweep file, and what is wrong with it before anything has been trained.
 
 The file is W&B's own (https://docs.wandb.ai/guides/sweeps): `wandb sweep` takes it as it is. What is asked of it beyond
-that: `program: echat`, a command that names an experiment, and parameters under flat dotted names, so that every one can
-be checked against the parser of the command.
+that: `program: echat`, a command that names an experiment, and parameters under flat dotted names, so that every one
+can be checked against the parser of the command.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def overlay(file: SweepFile, trial: Trial) -> str:
     ]
     command = " ".join(["echat fit", *(f"--config {name}" for name in configs), "--config best.yaml"])
     head = (
-        f"# {file.path}: the best of its trials is {trial.name}, {file.metric} {trial.best:.6g}. Use it after the experiment:\n"
+        f"# {file.path}: the best of its trials is {trial.name}, {file.metric} {trial.best:.6g}.\n"
+        f"# Use it after the experiment:\n"
         f"#   {command}\n"
     )
     return head + yaml.safe_dump(nested(trial.parameters), sort_keys=False)
@@ -105,8 +106,8 @@ def as_markdown(file: SweepFile, trials: Sequence[Trial], remarks: Sequence[str]
         f"# Sweep {file.path.stem}",
         "",
         f"`{file.path}`, {file.content['method']} search: {len(trials)} trials, {counts}; "
-        f"{sum(trial.seconds for trial in trials) / 60:.1f} minutes of work. Of every trial the best logged value counts, "
-        "as in W&B's own search; a stopped trial was given up by hyperband.",
+        f"{sum(trial.seconds for trial in trials) / 60:.1f} minutes of work. Of every trial the best logged value "
+        "counts, as in W&B's own search; a stopped trial was given up by hyperband.",
         "",
         *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)),
         "",
