@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
-    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
+    "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
     "ablate": Command(
         "run a study: variants of an experiment, compared over seeds", "lightning_echat.cli:ablate", "study"
@@ -173,6 +173,19 @@ def run(recipe: Path, set: list[str] | None = None, only: str | None = None, fre
     from lightning_echat.recipes.run_recipe import run_recipe
 
     run_recipe(recipe, run_command=main, overrides=set or [], only=only, fresh=fresh)
+
+
+def report(run: Path, out: Path | None = None) -> None:
+    """Make one self-contained HTML page of a run, a study or a sweep.
+
+    Args:
+        run: The folder that make quickstart, training, echat evaluate, echat ablate or echat sweep wrote.
+        out: Where the page goes; report.html in the folder when not given.
+    """
+    from lightning_echat.evaluation.report_page import write_report
+    from lightning_echat.studies.page import is_study_or_sweep, write_page
+
+    _say(str(write_page(run, out=out) if is_study_or_sweep(run) else write_report(run, out=out)))
 
 
 def ablate(

@@ -16,8 +16,9 @@ from lightning_echat.recipes.fingerprints import code_fingerprint, dependencies,
 from lightning_echat.recipes.step_run import RunCommand, alone_in, is_current, read_state, terminated_as_exit
 from lightning_echat.studies import tables
 from lightning_echat.studies.live_table import log_folder, shown
+from lightning_echat.studies.page import write_page
 from lightning_echat.studies.plan import Plan, Resolve, plan_study
-from lightning_echat.studies.plots import draw_study, save_drawing
+from lightning_echat.studies.plots import draw_learning_curves, draw_study, save_drawing
 from lightning_echat.studies.results import StudyResults, as_json, collect
 from lightning_echat.studies.run_steps import Progress, run_steps
 from lightning_echat.studies.slurm import TABLE, write_jobs
@@ -136,19 +137,22 @@ def _found(plan: Plan) -> dict[str, Progress]:
 
 
 def write_results(results: StudyResults, out: Path) -> None:
-    """Write `results.md`, `.csv`, `.tex`, `.json`, `.png` and `.svg`, and the W&B run."""
+    """Write `results.md`, `.csv`, `.tex`, `.json`, `.png` and `.svg`, `curves`, the page and the W&B run."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {
         "md": tables.as_markdown(results),
         "csv": tables.as_csv(results),
         "tex": tables.as_latex(results),
-        "json": json.dumps(as_json(results), indent=1, ensure_ascii=False) + "\n",
+        "json": json.dumps({**as_json(results), "tables": tables.as_values(results)}, indent=1, ensure_ascii=False)
+        + "\n",
     }
     for ending, text in texts.items():
         partial = out / f"results.{ending}.partial"
         partial.write_text(text, encoding="utf-8")
         partial.replace(out / f"results.{ending}")
     save_drawing(draw_study(results), out / "results")
+    save_drawing(draw_learning_curves(results), out / "curves")
+    write_page(out)
     log_summary(results, out)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure as Drawing
 
 from lightning_echat.studies.results import StudyResults
+from lightning_echat.studies.trial_metrics import metric_series
 
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6", "#ec4899", "#84cc16")
 """Readable on white and on near-black."""
@@ -36,6 +37,37 @@ def draw_study(results: StudyResults) -> Drawing:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return drawing
+
+
+def draw_learning_curves(results: StudyResults) -> Drawing:
+    """A panel a trained stage: the training loss, mean over seeds; variants that share a stage share its line."""
+    stages = [stage.name for stage in results.study.stages[:-1]]
+    drawing = Drawing(figsize=(4.4 * max(len(stages), 1), 3.6), layout="constrained")
+    for place, stage in enumerate(stages):
+        axes = drawing.add_subplot(1, len(stages), place + 1)
+        for row, (variants, curves) in enumerate(_curves_of(results, stage).items()):
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
+            axes.plot(steps, means, color=COLORS[row % len(COLORS)], label=";\n".join(variants), linewidth=1.4)
+        axes.set_title(stage, fontsize=9)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
+    return drawing
+
+
+def _curves_of(results: StudyResults, stage: str) -> dict[tuple[str, ...], list[dict[int, float]]]:
+    """Variants that share a stage -> its loss curve for each seed."""
+    users: dict[str, list[str]] = {}
+    for run in results.runs:
+        if stage in run.steps:
+            users.setdefault(run.steps[stage], []).append(run.variant)
+    curves: dict[tuple[str, ...], list[dict[int, float]]] = {}
+    for step, variants in users.items():
+        if curve := metric_series(results.study.out / "stages" / step, "train/loss"):
+            curves.setdefault(tuple(variants), []).append(curve)
+    return curves
 
 
 def save_drawing(drawing: Drawing, path: Path) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -28,6 +27,7 @@ from lightning_echat.recipes.step_run import (
     state_to_continue,
     terminated_as_exit,
 )
+from lightning_echat.studies.page import write_page
 from lightning_echat.studies.run_steps import last_line, log_file
 from lightning_echat.studies.search import Search, Trial
 from lightning_echat.studies.sweep_file import Resolve, SweepFile, check_with_parser, load_sweep
@@ -85,6 +85,7 @@ def sweep(
         sys.stderr.write(f"\nstopped; the same command continues ({out})\n")
         raise
     console.print(write_sweep_results(file, run.trials, out), markup=False, soft_wrap=True)
+    console.print(f"{write_page(out)}", markup=False, soft_wrap=True)
     failed = [trial for trial in run.trials if trial.state == "failed"]
     for trial in failed:
         sys.stderr.write(f"echat: {trial.name} failed: {trial.reason}\n")
@@ -263,23 +264,3 @@ def _in_group(run_command: RunCommand, group: str, words: list[str]) -> None:
 def _signal(step: RunningStep | None, number: signal.Signals) -> None:
     if step is not None and step.child.is_alive() and step.child.pid is not None:
         os.kill(step.child.pid, number)
-
-
-def read_sweep(out: Path) -> tuple[SweepFile, list[Trial]]:
-    """The sweep that a folder holds.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    try:
-        content: dict[str, Any] = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-        metric = content["sweep"].get("metric") or {}
-        file = SweepFile(
-            path=Path(content["file"]),
-            content=content["sweep"],
-            metric=metric.get("name", ""),
-            goal=metric.get("goal", "minimize"),
-        )
-        return file, [Trial(**entry) for entry in content["trials"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{out / 'sweep.json'}: cannot be read ({error})") from error

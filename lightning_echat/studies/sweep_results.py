@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_echat.contracts import UserError
 from lightning_echat.studies.importance import importance, summary
 from lightning_echat.studies.plots import save_drawing
 from lightning_echat.studies.search import Trial
 from lightning_echat.studies.sweep_file import SweepFile
 from lightning_echat.studies.sweep_plots import draw_importance, draw_parallel_coordinates
 from lightning_echat.studies.sweep_table import ranked, short, short_names
+
+_STATES = ("finished", "stopped", "failed", "running")
 
 
 def write_sweep_results(file: SweepFile, trials: Sequence[Trial], out: Path) -> str:
@@ -73,43 +77,51 @@ def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def as_markdown(file: SweepFile, trials: Sequence[Trial], remarks: Sequence[str], out: Path) -> str:
-    """The table of trials, best first, and what mattered."""
-    names = list(file.parameters)
-    ends = short_names(names)
-    states = {
-        state: sum(trial.state == state for trial in trials) for state in ("finished", "stopped", "failed", "running")
-    }
-    counts = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-    head = [
-        "trial",
-        "state",
-        f"best {file.metric}" if file.metric else "value",
-        "logged",
-        "minutes",
-        *(ends[n] for n in names),
-    ]
-    rows = [
+def counts(file: SweepFile, trials: Sequence[Trial]) -> str:
+    """How many trials of each state, and what they cost."""
+    states = {state: sum(trial.state == state for trial in trials) for state in _STATES}
+    told = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+    return (
+        f"{file.path}, {file.content['method']} search: {len(trials)} trials, {told}; "
+        f"{sum(trial.seconds for trial in trials) / 60:.1f} minutes of work. Of every trial the best logged value "
+        "counts, as in W&B's own search; a stopped trial was given up by hyperband."
+    )
+
+
+def trial_head(file: SweepFile) -> list[str]:
+    """Heads of the table of trials."""
+    ends = short_names(list(file.parameters))
+    value = f"best {file.metric}" if file.metric else "value"
+    return ["trial", "state", value, "logged", "minutes", *(ends[name] for name in file.parameters)]
+
+
+def trial_rows(file: SweepFile, trials: Sequence[Trial]) -> list[list[str]]:
+    """A row a trial, best first."""
+    return [
         [
             trial.name,
             trial.state,
             "–" if trial.best is None else f"{trial.best:.4g}",
             str(len(trial.history)),
             f"{trial.seconds / 60:.1f}",
-            *(short(trial.parameters.get(name)) for name in names),
+            *(short(trial.parameters.get(name)) for name in file.parameters),
         ]
         for trial in ranked(trials, file.goal)
     ]
+
+
+def as_markdown(file: SweepFile, trials: Sequence[Trial], remarks: Sequence[str], out: Path) -> str:
+    """The table of trials, and what mattered."""
     failed = [f"- {trial.name}: {trial.reason}" for trial in trials if trial.state == "failed"]
     best = best_trial(file, trials)
+    head = trial_head(file)
+    rows = [head, ["---"] * len(head), *trial_rows(file, trials)]
     lines = [
         f"# Sweep {file.path.stem}",
         "",
-        f"`{file.path}`, {file.content['method']} search: {len(trials)} trials, {counts}; "
-        f"{sum(trial.seconds for trial in trials) / 60:.1f} minutes of work. Of every trial the best logged value "
-        "counts, as in W&B's own search; a stopped trial was given up by hyperband.",
+        counts(file, trials),
         "",
-        *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)),
+        *(f"| {' | '.join(row)} |" for row in rows),
         "",
         *([f"Best: {best.name}, `{out / 'best.yaml'}`.", ""] if best is not None else []),
         *(["Failed:", "", *failed, ""] if failed else []),
@@ -137,3 +149,23 @@ def _write(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def read_sweep(out: Path) -> tuple[SweepFile, list[Trial]]:
+    """The sweep that a folder holds.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        metric = content["sweep"].get("metric") or {}
+        file = SweepFile(
+            path=Path(content["file"]),
+            content=content["sweep"],
+            metric=metric.get("name", ""),
+            goal=metric.get("goal", "minimize"),
+        )
+        return file, [Trial(**entry) for entry in content["trials"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{out / 'sweep.json'}: cannot be read ({error})") from error

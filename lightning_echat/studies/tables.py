@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from lightning_echat.studies.results import Estimate, StudyResults
 from lightning_echat.studies.study_file import Figure
@@ -70,6 +71,45 @@ def absent_figures(results: StudyResults) -> list[Figure]:
     return [f for f in results.study.figures if ended and all(math.isnan(run.figures[f.name]) for run in ended)]
 
 
+def how(results: StudyResults) -> str:
+    """What the table is of, and what it cost."""
+    study = results.study
+    return (
+        f"{study.path}, seeds {', '.join(map(str, study.seeds))}. Mean over seeds ± half of the 95 % t interval. "
+        f"{results.seconds_spent / 60:.1f} minutes of work in all, stages that variants share counted once; the "
+        "minutes of a row are those of one run alone."
+    )
+
+
+def score_head(results: StudyResults) -> list[str]:
+    """Heads of `score_rows`."""
+    return ["variant", *heads(results), "seeds", "minutes", "steps"]
+
+
+def failures(results: StudyResults) -> list[str]:
+    """The runs without figures, and why."""
+    return [f"{run.variant}, seed {run.seed}: {run.failure}" for run in results.failed]
+
+
+def as_values(results: StudyResults) -> dict[str, Any]:
+    """Everything that a page shows, as rows of text."""
+    study = results.study
+    return {
+        "notes": study.notes,
+        "how": how(results),
+        "figures": [figure.name for figure in study.figures],
+        "head": ["variant", *heads(results)],
+        "score_head": score_head(results),
+        "scores": score_rows(results),
+        "compare_to": study.compare_to,
+        "differences": difference_rows(results),
+        "reference_source": study.reference.source if study.reference else "",
+        "reference": reference_rows(results),
+        "failed": failures(results),
+        "absent": [f"{figure.name} ({figure.path} in report.json)" for figure in absent_figures(results)],
+    }
+
+
 def as_markdown(results: StudyResults) -> str:
     """The whole result as a document."""
     study = results.study
@@ -77,11 +117,9 @@ def as_markdown(results: StudyResults) -> str:
     if study.notes:
         lines += [study.notes, ""]
     lines += [
-        f"`{study.path}`, seeds {', '.join(map(str, study.seeds))}. Mean over seeds ± half of the 95 % t interval. "
-        f"{results.seconds_spent / 60:.1f} minutes of work in all, stages that variants share counted once; the "
-        "minutes of a row are those of one run alone.",
+        how(results),
         "",
-        *_markdown_table(["variant", *heads(results), "seeds", "minutes", "steps"], score_rows(results)),
+        *_markdown_table(score_head(results), score_rows(results)),
         "",
         f"Differences from *{study.compare_to}*, seed by seed:",
         "",
@@ -97,7 +135,7 @@ def as_markdown(results: StudyResults) -> str:
 def _remarks(results: StudyResults) -> Iterator[str]:
     if results.failed:
         yield from ("", "Runs without figures:", "")
-        yield from (f"- {run.variant}, seed {run.seed}: {run.failure}" for run in results.failed)
+        yield from (f"- {line}" for line in failures(results))
     for figure in absent_figures(results):
         yield from ("", f"No run has {figure.name!r} (`{figure.path}` in report.json).")
 

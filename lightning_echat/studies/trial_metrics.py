@@ -1,4 +1,4 @@
-"""What a trial has logged so far, from the files of its CSVLogger."""
+"""What a run has logged so far, from the files of its CSVLogger."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 
-def metric_history(folder: Path, metric: str) -> list[float]:
-    """Finite values of a metric in the order of steps.
+def metric_series(folder: Path, metric: str) -> dict[int, float]:
+    """Step -> finite value of a metric, in the order of steps.
 
-    A resumed trial goes over some steps again and has a file for each attempt; each step counts once, with its latest
+    A resumed run goes over some steps again and has a file for each attempt; each step counts once, with its latest
     value. A row that is being written is left for the next look.
     """
     points: dict[int, float] = {}
@@ -23,4 +23,9 @@ def metric_history(folder: Path, metric: str) -> list[float]:
                     continue
                 if math.isfinite(value):
                     points[step] = value
-    return [points[step] for step in sorted(points)]
+    return dict(sorted(points.items()))
+
+
+def metric_history(folder: Path, metric: str) -> list[float]:
+    """The values of `metric_series`."""
+    return list(metric_series(folder, metric).values())
