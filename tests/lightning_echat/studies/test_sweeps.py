@@ -33,8 +33,11 @@ SWEEP: dict[str, Any] = {
     "command": ["${env}", "${program}", "fit", "--config", "base.yaml", "--config", "${args_json_file}"],
     "method": "random",
     "metric": {"name": "val/dev/loss", "goal": "minimize"},
-    "parameters": {"model.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}, "model.layers": {"values": [1, 2]}},
-}  # fmt: skip
+    "parameters": {
+        "model.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0},
+        "model.layers": {"values": [1, 2]},
+    },
+}
 TYPES = {"model.lr": float, "model.layers": int, "pause": float, "trainer.default_root_dir": str, "ckpt_path": str}
 
 
@@ -72,7 +75,7 @@ def toy_command(words: list[str]) -> None:
         raise SystemExit("echat: error: out of luck")
     loss = abs(math.log10(values["model.lr"]) + 2) + values["model.layers"]
     done = len(list(folder.glob("metrics*.csv")))
-    with (folder / f"metrics.csv").open("a", newline="") as stream:
+    with (folder / "metrics.csv").open("a", newline="") as stream:
         writer = csv.writer(stream)
         if not done:
             writer.writerow(["step", "val/dev/loss"])
@@ -167,7 +170,8 @@ def test_a_killed_sweep_continues_its_trials() -> None:
         "from lightning_echat.studies import sweep as s\n"
         "from tests.lightning_echat.studies import test_sweeps as t\n"
         "step_run.PRELOADED = (); s.code_fingerprint = lambda: 'code'; s._LOOKING_SECONDS = 0.1\n"
-        "s.sweep(Path('sweep.yaml'), run_command=t.toy_command, resolve=t.resolve, trials=3, parallel=2, out=Path('out'))"
+        "s.sweep(Path('sweep.yaml'), run_command=t.toy_command, resolve=t.resolve, trials=3, parallel=2,"
+        " out=Path('out'))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
     waited_until = time.monotonic() + 120
