@@ -182,10 +182,10 @@ def report(run: Path, out: Path | None = None) -> None:
         run: The folder that make quickstart, training, echat evaluate, echat ablate or echat sweep wrote.
         out: Where the page goes; report.html in the folder when not given.
     """
-    from lightning_echat.evaluation.report_page import write_report
+    from lightning_echat.evaluation.report_page import report as report_run
     from lightning_echat.studies.page import is_study_or_sweep, write_page
 
-    _say(str(write_page(run, out=out) if is_study_or_sweep(run) else write_report(run, out=out)))
+    _say(str(write_page(run, out=out) if is_study_or_sweep(run) else report_run(run, out=out)))
 
 
 def ablate(

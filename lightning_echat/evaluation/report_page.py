@@ -29,6 +29,19 @@ _SECTIONS = frozenset(
 """Parts of a report that have a place of their own on the page; all others are listed as they are."""
 
 
+def report(run: Path, *, out: Path | None = None) -> Path:
+    """Make one HTML page of a run folder.
+
+    Args:
+        run: The folder that `make quickstart`, training or `echat evaluate` wrote.
+        out: Where the page goes; `report.html` in the run folder when not given.
+
+    Returns:
+        The path of the page.
+    """
+    return write_report(run, out=out)
+
+
 def write_report(run_dir: Path, *, out: Path | None = None) -> Path:
     """Write the page of a run folder and return its path. Parts that the run lacks are named on the page.
 
