@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -154,7 +154,7 @@ class RunningStep:
         """Take the exit code of a child that has ended, end one that has not, and write the state."""
         ended = not self.child.is_alive()
         if not ended:
-            end_process(self.child)
+            end_processes([self.child])
         self._exit_code = self.child.exitcode if ended else None
         if missing := [path for path in self.step.outputs if self._exit_code == 0 and not path.exists()]:
             self._exit_code = None
@@ -195,15 +195,21 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
 
 
-def end_process(child: BaseProcess) -> None:
-    """Let an interrupted child save what it wants to; then insist."""
-    # After Ctrl-C in a terminal the child has been told already, and a second signal would cut its shutdown short.
-    child.join(timeout=3)
+def end_processes(children: Sequence[BaseProcess]) -> None:
+    """Let interrupted children save what they want to, all at the same time; then insist."""
+    # After Ctrl-C in a terminal they have been told already, and a second signal would cut their shutdown short.
+    _join(children, seconds=3)
     for insist in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if not child.is_alive() or child.pid is None:
-            return
-        os.kill(child.pid, insist)
-        child.join(timeout=10)
+        for child in children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, insist)
+        _join(children, seconds=10)
+
+
+def _join(children: Sequence[BaseProcess], *, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for child in children:
+        child.join(timeout=max(0.0, until - time.monotonic()))
 
 
 def _tree_memory(pid: int) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing.connection
-import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from lightning_echat.recipes.recipe_file import Recipe, Step
 from lightning_echat.recipes.step_run import (
     RunCommand,
     RunningStep,
+    end_processes,
     is_current,
     read_state,
     state_to_continue,
@@ -86,10 +85,7 @@ def run_steps(
             for step in running:
                 run.progress[step.step.name].seconds = step.state.seconds
     finally:
-        # All are told before any is waited for, so that they save at the same time.
-        for step in running:
-            if step.child.is_alive() and step.child.pid is not None:
-                os.kill(step.child.pid, signal.SIGINT)
+        end_processes([step.child for step in running])
         for step in running:
             step.finish()
 

@@ -23,6 +23,7 @@ from lightning_echat.recipes.step_run import (
     RunCommand,
     RunningStep,
     alone_in,
+    end_processes,
     read_state,
     state_to_continue,
     terminated_as_exit,
@@ -141,9 +142,7 @@ class SweepRun:
                     looked = time.monotonic()
                     self._look(running)
         finally:
-            for step in running:
-                if step.child.is_alive() and step.child.pid is not None:
-                    os.kill(step.child.pid, signal.SIGINT)
+            end_processes([step.child for step in running])
             for step in running:
                 step.finish()
             self._store()

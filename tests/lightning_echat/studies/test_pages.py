@@ -61,13 +61,18 @@ def write_sweep(out: Path) -> None:
     content: dict[str, Any] = {
         "method": "random",
         "metric": {"name": "val/dev/loss", "goal": "minimize"},
-        "parameters": {"model.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0}, "x": {"values": ["a", "b"]}},
+        "parameters": {
+            "model.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1.0},
+            "x": {"values": ["a", "b"]},
+        },
         "command": ["fit", "--config", "base.yaml", "--config", "${args_json_file}"],
-    }  # fmt: skip
+    }
     trials = [
-        Trial(name=f"t{i}", parameters={"model.lr": 10.0**-i, "x": "ab"[i % 2]}, state="finished", best=float(i), history=[float(i)])
-        for i in range(4)
-    ]  # fmt: skip
+        Trial(
+            name=f"t{i}", parameters={"model.lr": 10.0**-i, "x": x}, state="finished", best=float(i), history=[float(i)]
+        )
+        for i, x in enumerate("abab")
+    ]
     trials += [
         Trial(name="t4", parameters={"model.lr": 0.5, "x": "a"}, state="stopped", best=9.0, history=[9.0]),
         Trial(name="t5", parameters={"model.lr": 0.2, "x": "b"}, state="failed", reason="exit code 1: out of luck"),
