@@ -34,6 +34,9 @@ RunCommand = Callable[[list[str]], None]
 PRELOADED = ("lightning_echat.lightning_cli", "torchaudio", "wandb")
 """Imported once, before children are forked."""
 
+START_METHOD = "forkserver"
+"""How: from a process that has no threads yet."""
+
 _SAMPLING_SECONDS = 5.0
 """Between two looks at the memory in use: reading the shared pages of many processes costs a core for a moment."""
 
@@ -165,7 +168,7 @@ class RunningStep:
 
 
 def _start(run_command: RunCommand, args: list[str], log: Path | None) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(list(PRELOADED))
     child = context.Process(target=_in_child, args=(run_command, args, log))
     sys.stdout.flush()

@@ -50,7 +50,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(step_run, "PRELOADED", ("lightning_echat.recipes.run_recipe",))
+    # A step of these tests takes no time; forked from here, its process takes none either.
+    monkeypatch.setattr(step_run, "START_METHOD", "fork")
     monkeypatch.setattr(ablate_module, "code_fingerprint", lambda: "code")
     write_study()
 
@@ -139,7 +140,7 @@ def test_a_killed_study_leaves_nobody_behind_and_continues() -> None:
         "from pathlib import Path; from lightning_echat.recipes import step_run\n"
         "from lightning_echat.studies import ablate as a\n"
         "from tests.lightning_echat.studies import toy_stages as t\n"
-        "step_run.PRELOADED = (); a.code_fingerprint = lambda: 'code'\n"
+        "step_run.START_METHOD = 'fork'; a.code_fingerprint = lambda: 'code'\n"
         "a.ablate(Path('study.yaml'), run_command=t.toy_command, resolve=t.resolve, parallel=2)"
     )
     Path("calls.txt").write_text("")

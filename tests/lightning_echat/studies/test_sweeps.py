@@ -44,7 +44,8 @@ SWEEP: dict[str, Any] = {
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(step_run, "PRELOADED", ("lightning_echat.recipes.run_recipe",))
+    # A step of these tests takes no time; forked from here, its process takes none either.
+    monkeypatch.setattr(step_run, "START_METHOD", "fork")
     monkeypatch.setattr(sweep_module, "code_fingerprint", lambda: "code")
     monkeypatch.setattr(sweep_module, "_LOOKING_SECONDS", 0.1)
     Path("base.yaml").write_text("{}")
@@ -124,7 +125,7 @@ def test_a_killed_sweep_continues_its_trials() -> None:
         "from pathlib import Path; from lightning_echat.recipes import step_run\n"
         "from lightning_echat.studies import sweep as s\n"
         "from tests.lightning_echat.studies import toy_trials as t\n"
-        "step_run.PRELOADED = (); s.code_fingerprint = lambda: 'code'; s._LOOKING_SECONDS = 0.1\n"
+        "step_run.START_METHOD = 'fork'; s.code_fingerprint = lambda: 'code'; s._LOOKING_SECONDS = 0.1\n"
         "s.sweep(Path('sweep.yaml'), run_command=t.toy_command, resolve=t.resolve, trials=3, parallel=2,"
         " out=Path('out'))"
     )

@@ -1,4 +1,4 @@
-"""What stands for `echat fit` in the tests of sweeps. It imports next to nothing, as every trial's process imports it."""
+"""What stands for `echat fit` in the tests of sweeps; it imports next to nothing, as every trial imports it."""
 
 from __future__ import annotations
 
