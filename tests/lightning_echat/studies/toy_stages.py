@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 import time
 from pathlib import Path
 
@@ -29,7 +29,8 @@ def toy_command(words: list[str]) -> None:
     with Path("calls.txt").open("a") as calls:
         calls.write(f"{folder.name}\n")
     if Path("fail.txt").exists() and Path("fail.txt").read_text() in folder.name:
-        sys.stderr.write("echat: error: out of luck\n")
+        # Past pytest, which holds sys.stderr.
+        os.write(2, b"echat: error: out of luck\n")
         raise SystemExit(2)
     if options.get("--size") == "sleep":
         time.sleep(60)
