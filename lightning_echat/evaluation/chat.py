@@ -91,41 +91,24 @@ def chat(
     trained = load_trained(checkpoint)
     voice = open_voice(trained, speech_tokenizer) if out is not None else None
     spoken = DialogueTask(kind="speech_to_speech", thinking=thinking, layout=layout)
-    task = spoken if voice is not None else DialogueTask(kind="speech_to_text", thinking=thinking)
-    answers: list[ChatAnswer] = []
-    turns: list[Turn] = []
-    log_mel = LogMel(mel_bins=trained.tokens.mel_bins)
-    asked = _Asked(
-        trained=trained, task=task, decoding=decoding or DecodingConfig(), voice=voice, chunks=chunks or ChunkConfig()
+    conversation = _Conversation(
+        trained=trained,
+        task=spoken if voice is not None else DialogueTask(kind="speech_to_text", thinking=thinking),
+        decoding=decoding or DecodingConfig(),
+        voice=voice,
+        chunks=chunks or ChunkConfig(),
     )
+    answers: list[ChatAnswer] = []
     for number, (path, waveform) in enumerate(zip(audio, waveforms, strict=True), start=1):
-        started = time.perf_counter()
-        turns.append(Turn(role="user", log_mel=log_mel(waveform)))
-        features = time.perf_counter() - started
-        target = out if out is None or len(audio) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
-        show = None if json or not stream else _ShowEvents(f"turn {number}: {path}")
-        reply, spoken_answer = asked.streamed(turns, show) if stream else asked.whole(turns)
-        parsed = parse_thinking(reply.text, trained.tokenizer.prompt_set.thinking)
-        words = parsed.reply if thinking != "none" else reply.text.strip()
-        codes = reply.speech_codes if reply.speech_codes.numel() else None
-        turns.append(Turn(role="assistant", text=words, speech_codes=codes))
-        answer = ChatAnswer(
-            query=str(path),
-            thinking={k: v for k, v in asdict(parsed).items() if k != "reply"} if thinking != "none" else {},
-            text=words,
-            audio=None,
-            seconds=0.0,
-            finished=reply.finished,
-            timings={"features": features, **reply.timings, **spoken_answer.timings},
-            stream=spoken_answer.stream,
-        )
-        if target is not None and spoken_answer.waveform is not None and voice is not None:
-            write_waveform(target, spoken_answer.waveform, voice.sample_rate)
-            seconds = spoken_answer.waveform.shape[0] / voice.sample_rate
-            answer = replace(answer, audio=str(target), seconds=seconds)
+        show = _ShowEvents(f"turn {number}: {path}") if stream and not json else None
+        answer, sound = conversation.take_turn(path, waveform, stream=stream, show=show)
+        if out is not None and voice is not None and sound is not None:
+            target = out if len(audio) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+            write_waveform(target, sound, voice.sample_rate)
+            answer = replace(answer, audio=str(target), seconds=sound.shape[0] / voice.sample_rate)
         answers.append(answer)
         if not json:
-            _print(answers[-1], number=number)
+            _print(answer, number=number)
     if json:
         sys.stdout.write(json_format.dumps({"turns": [asdict(a) for a in answers]}, ensure_ascii=False) + "\n")
 
@@ -162,32 +145,59 @@ class _Spoken:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Asked:
-    """One conversation with a model: each turn reads only what the turns before have not left in memory."""
+class _Conversation:
+    """The turns with one model: each reads only what the turns before have not left in memory."""
 
     trained: TrainedModel
     task: DialogueTask
     decoding: DecodingConfig
     voice: Token2Wav | None
     chunks: ChunkConfig
+    turns: list[Turn] = field(default_factory=list)
     memory: ConversationMemory = field(default_factory=ConversationMemory)
 
-    def whole(self, turns: list[Turn]) -> tuple[GeneratedReply, _Spoken]:
+    def take_turn(
+        self, path: Path, waveform: Tensor, *, stream: bool, show: _ShowEvents | None
+    ) -> tuple[ChatAnswer, Tensor | None]:
+        """Answer one question; the answer joins the history. Its sound comes apart, None where it has no codes."""
+        started = time.perf_counter()
+        log_mel = LogMel(mel_bins=self.trained.tokens.mel_bins)(waveform)
+        features = time.perf_counter() - started
+        self.turns.append(Turn(role="user", log_mel=log_mel))
+        reply, spoken = self._streamed(show) if stream else self._whole()
+        thinks = self.task.thinking != "none"
+        parsed = parse_thinking(reply.text, self.trained.tokenizer.prompt_set.thinking)
+        words = parsed.reply if thinks else reply.text.strip()
+        codes = reply.speech_codes if reply.speech_codes.numel() else None
+        self.turns.append(Turn(role="assistant", text=words, speech_codes=codes))
+        answer = ChatAnswer(
+            query=str(path),
+            thinking={k: v for k, v in asdict(parsed).items() if k != "reply"} if thinks else {},
+            text=words,
+            audio=None,
+            seconds=0.0,
+            finished=reply.finished,
+            timings={"features": features, **reply.timings, **spoken.timings},
+            stream=spoken.stream,
+        )
+        return answer, spoken.waveform
+
+    def _whole(self) -> tuple[GeneratedReply, _Spoken]:
         """The answer to the last turn, and then its sound."""
         trained = self.trained
-        (reply,) = generate(trained.model, self._batch(turns), trained.tokenizer, self.decoding, memory=self.memory)
+        (reply,) = generate(trained.model, self._batch(), trained.tokenizer, self.decoding, memory=self.memory)
         if self.voice is None or reply.speech_codes.numel() == 0:
             return reply, _Spoken()
         started = time.perf_counter()
         waveform = self.voice.decode(reply.speech_codes)
         return reply, _Spoken(waveform=waveform, timings={"token2wav": time.perf_counter() - started})
 
-    def streamed(self, turns: list[Turn], show: _ShowEvents | None) -> tuple[GeneratedReply, _Spoken]:
+    def _streamed(self, show: _ShowEvents | None) -> tuple[GeneratedReply, _Spoken]:
         """The same, event by event."""
         trained = self.trained
         events = stream_answer(
             trained.model,
-            self._batch(turns),
+            self._batch(),
             trained.tokenizer,
             self.decoding,
             token2wav=self.voice,
@@ -206,8 +216,8 @@ class _Asked:
         waveform = torch.cat(pieces) if pieces else None
         return event.reply, _Spoken(waveform=waveform, stream={"events": told, "timing": asdict(event.timing)})
 
-    def _batch(self, turns: list[Turn]) -> PackedBatch:
-        sample = DialogueSample(turns=list(turns), key=f"chat-{len(turns) // 2 + 1}")
+    def _batch(self) -> PackedBatch:
+        sample = DialogueSample(turns=list(self.turns), key=f"chat-{len(self.turns) // 2 + 1}")
         prompt = self.trained.tokenizer.prompt(sample, self.task)
         padding = self.trained.tokenizer.vocabulary.padding
         return collate([prompt], padding=padding, mel_bins=self.trained.tokens.mel_bins)
