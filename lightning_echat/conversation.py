@@ -40,26 +40,35 @@ class _GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _grow(self, *states: Tensor, length: int, capacity: int) -> None:
-        old = (self.keys, self.values)
+        old = self._buffers
         self._buffers = [s.new_empty((*s.shape[:-2], capacity, s.shape[-1])) for s in states]
-        if length:
-            for buffer, kept in zip(self._buffers, old, strict=True):
-                buffer[..., :length, :] = kept
+        for buffer, kept in zip(self._buffers, old, strict=False):
+            buffer[..., :length, :] = kept[..., :length, :]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        length = self.get_seq_length()
-        self._buffers = [buffer[indices] for buffer in self._buffers]
+    def keep(self, *, rows: Tensor | slice = slice(None), length: int) -> None:
+        """Forget all but these rows and first columns."""
+        self._buffers = [buffer[rows] for buffer in self._buffers]
         self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+
+
+class GrowingCache(Cache):
+    """An empty cache for any number of layers, whose steps cost no copy of what is already there."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_GrowingLayer)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget all rows but these ([r] indices)."""
+        self._keep(rows=rows, length=self.get_seq_length())
 
     def keep_first(self, length: int) -> None:
         """Forget all columns but the first ones."""
-        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
+        self._keep(length=length)
 
-
-def growing_cache() -> Cache:
-    """An empty cache for any number of layers, whose steps cost no copy of what is already there."""
-    return Cache(layer_class_to_replicate=_GrowingLayer)
+    def _keep(self, *, rows: Tensor | slice = slice(None), length: int) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, _GrowingLayer)
+            layer.keep(rows=rows, length=length)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,7 +95,7 @@ class ConversationMemory:
 
     ids: list[int] = field(default_factory=list)
     clips: list[_Clip] = field(default_factory=list)
-    cache: Cache = field(default_factory=growing_cache)
+    cache: GrowingCache = field(default_factory=GrowingCache)
     reused: int = 0
 
     def recall(self, prompt: PackedBatch) -> int:
@@ -101,8 +110,7 @@ class ConversationMemory:
             if (clip.start, clip.length) != (other.start, other.length) or not torch.equal(clip.log_mel, other.log_mel):
                 common = min(common, clip.start, other.start)
                 break
-        for layer in self.cache.layers:
-            layer.keep_first(common)  # type: ignore[attr-defined]  # they are all of growing_cache
+        self.cache.keep_first(common)
         self.ids = self.ids[:common]
         self.clips = [clip for clip in self.clips if clip.start + clip.length <= common]
         self.reused = common

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_echat.contracts import IGNORE_INDEX, GeneratedReply, PackedBatch, UserError
-from lightning_echat.conversation import ConversationMemory, growing_cache, without_prefix
+from lightning_echat.conversation import ConversationMemory, GrowingCache, without_prefix
 from lightning_echat.nn.echat_model import EChatModel
 from lightning_echat.reply_writer import PHASES, Phase, ReplyLimits, ReplyWriter
 from lightning_echat.sampling import RepetitionWindow, SamplingConfig, choose, uniforms_of
@@ -126,7 +126,7 @@ class Generation:
         references = self._prompts.references
         self.writers = [ReplyWriter(reference.task, tokenizer, config.limits) for reference in references]
         self._open = list(range(len(references)))  # which reference each row of the shrinking batch answers
-        self._cache = growing_cache() if memory is None else memory.cache
+        self._cache = GrowingCache() if memory is None else memory.cache
         self._pending: Tensor | None = None  # [r] ids that were chosen and not yet read
         self._steps = 0
         self._windows = self._repetition_windows()
@@ -208,8 +208,7 @@ class Generation:
         self._open = [self._open[place] for place in kept]
         self._pending, self._lengths = self._pending[index], self._lengths[index]
         self._valid = None if self._valid is None else self._valid[index]
-        for layer in self._cache.layers:
-            layer.batch_select_indices(index)  # type: ignore[attr-defined]  # they are all of growing_cache
+        self._cache.keep_rows(index)
 
     def _choose(self) -> Tensor:
         """[r] the next id of every row: forced, or the choice of its phase's head; padding where nothing is to come."""

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.latency import main
 from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
-from lightning_echat.testing import CODEBOOK_SIZE, dummy_audio, save_tiny_checkpoint, tiny_model
+from lightning_echat.testing import CODEBOOK_SIZE, dummy_audio, save_tiny_checkpoint, tiny_model, tiny_tokens_config
 
 QUICK = ["--answers", "1", "--requests", "1", "2", "--batch", "4", "--repeats", "1"]
 
@@ -31,7 +31,8 @@ def test_a_random_network_answers_by_the_script(tmp_path, capsys):
     assert "batch of 4" in capsys.readouterr().out
 
 
-def test_a_checkpoint_is_measured_as_it_answers(tmp_path, tokens):
+def test_a_checkpoint_is_measured_as_it_answers(tmp_path):
+    tokens = tiny_tokens_config(tmp_path / "tokenizer")
     blocks = log_mel_blocks(dummy_audio(4.0))
     fit_kmeans(blocks, codebook_size=CODEBOOK_SIZE).save(tmp_path / "voice")
     checkpoint = save_tiny_checkpoint(tmp_path / "last.ckpt", tiny_model(tokens), tokens)

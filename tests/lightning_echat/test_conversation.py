@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_echat.contracts import DialogueSample, PackedBatch, Turn
-from lightning_echat.conversation import ConversationMemory, growing_cache
+from lightning_echat.conversation import ConversationMemory, GrowingCache
 from lightning_echat.data.batching import collate
 from lightning_echat.data.log_mel import LogMel
 from lightning_echat.decoding import DecodingConfig, generate
@@ -116,7 +116,7 @@ def test_a_memory_holds_one_conversation(tokens, tokenizer):
 
 
 def test_a_growing_cache_holds_what_was_added():
-    cache = growing_cache()
+    cache = GrowingCache()
     added: list[Tensor] = []
     for length in (3, 1, 1, 400, 1):
         keys = torch.randn(2, 3, length, 4)
@@ -124,15 +124,15 @@ def test_a_growing_cache_holds_what_was_added():
         held, values = cache.update(keys, 2 * keys, 0)
         assert torch.equal(held, torch.cat(added, dim=2)) and torch.equal(values, 2 * held)
     assert cache.get_seq_length() == 406
-    cache.layers[0].batch_select_indices(torch.tensor([1]))
-    cache.layers[0].keep_first(5)
+    cache.keep_rows(torch.tensor([1]))
+    cache.keep_first(5)
     keys = torch.randn(1, 3, 1, 4)
     held, _ = cache.update(keys, keys, 0)
     assert torch.equal(held, torch.cat([torch.cat(added, dim=2)[1:, :, :5], keys], dim=2))
 
 
 def test_a_step_of_a_growing_cache_copies_nothing():
-    cache = growing_cache()
+    cache = GrowingCache()
     cache.update(torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4), 0)
     held, _ = cache.update(torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4), 0)
     place = held.data_ptr()
