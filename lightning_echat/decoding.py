@@ -123,6 +123,7 @@ class Generation:
         self._model, self._tokenizer, self._config, self._memory = model, tokenizer, config, memory
         self._prompts = extract_prompts(batch, padding=tokenizer.vocabulary.padding)
         self._device = self._prompts.input_ids.device
+        self._spelled = len(tokenizer.tokenizer)
         references = self._prompts.references
         self.writers = [ReplyWriter(reference.task, tokenizer, config.limits) for reference in references]
         self._open = list(range(len(references)))  # which reference each row of the shrinking batch answers
@@ -213,6 +214,7 @@ class Generation:
     def _choose(self) -> Tensor:
         """[r] the next id of every row: forced, or the choice of its phase's head; padding where nothing is to come."""
         ids = [self._tokenizer.vocabulary.padding] * len(self._open)
+        everyone = list(range(len(self._open)))
         groups: dict[Phase, list[int]] = defaultdict(list)
         for place, reference in enumerate(self._open):
             writer = self.writers[reference]
@@ -222,21 +224,24 @@ class Generation:
                 ids[place] = forced
             else:
                 groups[writer.phase].append(place)
+        if list(groups.values()) == [everyone]:
+            (phase,) = groups
+            return self._choose_in(phase, everyone, self._last)
         chosen = torch.tensor(ids, device=self._device)
         for phase, places in groups.items():
             index = torch.tensor(places, device=self._device)
-            chosen[index] = self._choose_in(phase, index)
+            chosen[index] = self._choose_in(phase, places, self._last[index])
         return chosen
 
-    def _choose_in(self, phase: Phase, index: Tensor) -> Tensor:
-        """[n] unified ids for the rows at `index` ([n]), all of which write this phase."""
-        rows = torch.tensor(self._open, device=self._device)[index]
-        hidden, lm = self._last[index], self._model.lm
+    def _choose_in(self, phase: Phase, places: list[int], hidden: Tensor) -> Tensor:
+        """[n] unified ids for the rows at `places`, all of which write this phase, from their hidden states [n, D]."""
+        rows = torch.tensor([self._open[place] for place in places], device=self._device)
+        lm = self._model.lm
         if phase == "speech":
             logits, first = lm.speech_head(hidden), self._tokenizer.vocabulary.first_code
         else:
             # Rows of the embedding that no text id owns have no spelling.
-            logits, first = lm.text_head(hidden)[:, : len(self._tokenizer.tokenizer)], 0
+            logits, first = lm.text_head(hidden)[:, : self._spelled], 0
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         window = self._windows.get(phase)
         if window is not None:

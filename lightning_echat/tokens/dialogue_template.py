@@ -138,7 +138,8 @@ class DialogueTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text ids -> text, added tokens kept."""
-        known = [i for i in ids if i < len(self.tokenizer)]
+        size = len(self.tokenizer)
+        known = [i for i in ids if i < size]
         # A list of ids gives a string; the list that the annotation also allows belongs to batches.
         return str(self.tokenizer.decode(known, skip_special_tokens=False))
 
