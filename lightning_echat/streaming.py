@@ -22,6 +22,7 @@ from lightning_echat.nn.echat_model import EChatModel
 from lightning_echat.nn.token2wav.chunks import ChunkConfig, WaveformStream
 from lightning_echat.nn.token2wav.interface import Token2Wav
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer
+from lightning_echat.tokens.speech_codes import SPEECH_CHUNK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +139,7 @@ class _Answer:
         self._started = started
         self._thought = self._now()  # when the thinking was over
         self._codes: list[int] = []  # not yet told
-        self._in_chunk = 0
+        self._text_kind: Literal["thinking", "text"] = "text"
         self._speech_seconds = self._voice_seconds = 0.0
         self._played: list[tuple[float, float]] = []  # of each piece: when it came, how long it is
 
@@ -151,6 +152,7 @@ class _Answer:
             yield from self._take_speech(id)
             return
         yield from self._tell_codes()
+        self._text_kind = phase
         if phase == "thinking":
             self.timing.thinking_ids += 1
             self._thought = self._now()
@@ -170,6 +172,8 @@ class _Answer:
         self.timing.codes += 1
         if self._voice is not None:
             yield from self._sound(lambda voice: voice.push([code]))
+        elif len(self._codes) == SPEECH_CHUNK:
+            yield from self._tell_codes()
 
     def _sound(self, make: Callable[[WaveformStream], list[Tensor]]) -> Iterator[StreamEvent]:
         """The pieces that are complete, after the codes that they are made of."""
@@ -195,7 +199,7 @@ class _Answer:
     def finish(self) -> Iterator[StreamEvent]:
         """What is left, and the end."""
         if tail := self._spelling.rest():
-            yield StreamEvent(kind="text", at=self._now(), text=tail)
+            yield StreamEvent(kind=self._text_kind, at=self._now(), text=tail)
         if self._voice is not None:
             yield from self._sound(WaveformStream.finish)
         yield from self._tell_codes()

@@ -110,6 +110,12 @@ def test_what_an_answer_lacks_has_no_time(tokens, tokenizer, voice, scripted):
     assert timing is not None and timing.first_text is None and timing.first_audio is None and timing.first_code
 
 
+def test_codes_come_in_chunks_where_nobody_makes_sound_of_them(tokens, tokenizer, scripted):
+    scripted("")
+    events = events_of(tokens, tokenizer, "text_to_speech")
+    assert [len(event.codes) for event in events] == [18, 12, 0]
+
+
 def test_one_dialogue_is_streamed_at_a_time(tokens, tokenizer):
     batch = dummy_batch(tokenizer, [task_from_name("text_to_text")] * 2)
     with pytest.raises(ValueError, match="not 2"):
