@@ -114,6 +114,7 @@ class DialogueTokenizer:
             self._backend.no_padding()
         # Headers and instructions recur in every sample; replies do not and are encoded directly.
         self._encode_fixed = lru_cache(maxsize=4096)(self.encode)
+        self.spell_id = lru_cache(maxsize=65_536)(self._spell_id)
 
     @classmethod
     def from_config(cls, config: TokensConfig) -> DialogueTokenizer:
@@ -137,9 +138,14 @@ class DialogueTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text ids -> text, added tokens kept."""
-        known = [i for i in ids if i < len(self.tokenizer)]
+        size = len(self.tokenizer)
+        known = [i for i in ids if i < size]
         # A list of ids gives a string; the list that the annotation also allows belongs to batches.
         return str(self.tokenizer.decode(known, skip_special_tokens=False))
+
+    def _spell_id(self, id: int) -> str:
+        """The text of one id, U+FFFD where it is a part of a character. Called as `spell_id`, which remembers."""
+        return self.decode([id])
 
     def tokenize(self, sample: DialogueSample, task: DialogueTask, *, choice: int = 0) -> TokenizedDialogue:
         """The dialogue with its target: the last turn's, of the role that the task is about.

@@ -43,3 +43,14 @@ def interleave(text_ids: list[int], speech_ids: list[int]) -> list[int]:
         text_at += TEXT_CHUNK
         speech_at += SPEECH_CHUNK
     return mixed
+
+
+def repetition_rate(codes: Tensor, *, length: int = 4) -> float:
+    """Share of the runs of `length` codes that have occurred before in the same answer; 0 where there are too few.
+
+    It is seq-rep-n of the text generation literature: 0 for no run twice, near 1 for a decoder that is stuck.
+    """
+    if codes.numel() < length:
+        return 0.0
+    runs = codes.unfold(0, length, 1)
+    return 1.0 - len(runs.unique(dim=0)) / len(runs)
