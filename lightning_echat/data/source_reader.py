@@ -5,12 +5,13 @@ The buffer holds dialogues; what is kept of it is where they come from, and they
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from random import Random
 from typing import NamedTuple, TypedDict
+
+import numpy as np
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.decoding import ParsedDialogue
@@ -61,15 +62,15 @@ Dialogues = Mapping[tuple[int, int, int], ParsedDialogue]
 
 def pack_refs(rows: Iterable[tuple[int, ...]]) -> bytes:
     """Tuples of equal length as 32-bit numbers, column by column, which a file can compress."""
-    return array("i", chain.from_iterable(zip(*rows, strict=True))).tobytes()
+    rows = list(rows)
+    width = len(rows[0]) if rows else 0
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=len(rows) * width)
+    return numbers.reshape(len(rows), width).T.tobytes()
 
 
 def unpack_refs(data: bytes, *, width: int) -> list[tuple[int, ...]]:
     """What `pack_refs` was given."""
-    numbers = array("i")
-    numbers.frombytes(data)
-    height = len(numbers) // width
-    return list(zip(*(numbers[column * height : (column + 1) * height] for column in range(width)), strict=True))
+    return [tuple(row) for row in np.frombuffer(data, dtype=np.int32).reshape(width, -1).T.tolist()]
 
 
 def read_refs(
