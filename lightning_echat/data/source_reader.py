@@ -25,12 +25,16 @@ _BARREN_ROUNDS = 4
 
 
 class SampleRef(NamedTuple):
-    """Where a dialogue comes from: shard of the source, place in it, exchange, and the epoch it was read in."""
+    """Where a dialogue comes from: shard of the source, place in it, exchange, and the epoch it was read in.
+
+    `check` is what it is told by (`ParsedDialogue.check`).
+    """
 
     shard: int
     ordinal: int
     exchange: int
     epoch: int
+    check: int
 
 
 class Drawn(NamedTuple):
@@ -79,29 +83,31 @@ def read_refs(
     """The dialogues that a checkpoint refers to. Reads only the shards they are in, and counts nothing.
 
     Raises:
-        UserError: A shard no longer holds one of them.
+        UserError: A shard no longer holds one of them, or another in its place.
     """
-    wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    wanted: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
     for ref in refs:
-        wanted[ref.shard].add((ref.ordinal, ref.exchange))
+        wanted[ref.shard][ref.ordinal, ref.exchange] = ref.check
     found: dict[tuple[int, int, int], ParsedDialogue] = {}
     with reader.counter.ignoring():
         for shard, places in sorted(wanted.items()):
             ordinals = {ordinal for ordinal, _ in places}
             for ordinal, exchange, parsed in reader.parse_again(shards[shard], ordinals, source=source.name):
                 if (ordinal, exchange) in places:
+                    if parsed.check != places[ordinal, exchange]:
+                        raise gone(shards[shard], ordinal, what="is another one now")
                     found[shard, ordinal, exchange] = parsed
-            missing = sorted(place for place in places if (shard, *place) not in found)
+            missing = [place for place in places if (shard, *place) not in found]
             if missing:
-                raise gone(shards[shard], missing[0][0])
+                raise gone(shards[shard], min(missing)[0])
     return found
 
 
-def gone(shard: str, ordinal: int) -> UserError:
+def gone(shard: str, ordinal: int, *, what: str = "is no longer there or usable") -> UserError:
     """The shard is not what it was when the checkpoint was written."""
     return UserError(
-        f"{shard}: sample {ordinal}, which the checkpoint refers to, is no longer there or usable; put the shard back "
-        "as it was, or begin a new run from the checkpoint's weights with model.init_args.init_from"
+        f"{shard}: sample {ordinal}, which the checkpoint refers to, {what}; put the shard back as it was, or "
+        "begin a new run from the checkpoint's weights with model.init_args.init_from"
     )
 
 
@@ -188,7 +194,7 @@ class SourceReader:
                     raise gone(path, ordinal)
         for ordinal, exchange, parsed in placed:
             self._place = Place(item, ordinal, exchange + 1)
-            yield Drawn(SampleRef(work.shard, ordinal, exchange, work.epoch), parsed)
+            yield Drawn(SampleRef(work.shard, ordinal, exchange, work.epoch, parsed.check), parsed)
 
 
 def held_refs(state: SourceState) -> list[SampleRef]:

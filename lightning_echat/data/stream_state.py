@@ -28,6 +28,7 @@ class Waiting(NamedTuple):
     ordinal: int
     exchange: int
     epoch: int
+    check: int
 
     @property
     def ref(self) -> SampleRef:
