@@ -65,16 +65,17 @@ Dialogues = Mapping[tuple[int, int, int], ParsedDialogue]
 
 
 def pack_refs(rows: Iterable[tuple[int, ...]]) -> bytes:
-    """Tuples of equal length as 32-bit numbers, column by column, which a file can compress."""
+    """Tuples of equal length as 32-bit numbers, each of their bytes by columns, so that a file compresses the zeros."""
     rows = list(rows)
     width = len(rows[0]) if rows else 0
     numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=len(rows) * width)
-    return numbers.reshape(len(rows), width).T.tobytes()
+    return numbers.reshape(len(rows), width).view(np.uint8).T.tobytes()
 
 
 def unpack_refs(data: bytes, *, width: int) -> list[tuple[int, ...]]:
     """What `pack_refs` was given."""
-    return [tuple(row) for row in np.frombuffer(data, dtype=np.int32).reshape(width, -1).T.tolist()]
+    columns = np.frombuffer(data, dtype=np.uint8).reshape(4 * width, -1)
+    return [tuple(row) for row in np.ascontiguousarray(columns.T).view(np.int32).tolist()]
 
 
 def read_refs(

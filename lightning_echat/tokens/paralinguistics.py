@@ -77,4 +77,6 @@ def parse_label_tags(text: str, asked_labels: Sequence[str]) -> tuple[str, dict[
 
 def class_indices(labels: Mapping[str, str]) -> Tensor:
     """Labels -> [L] int64 class index per label set in the order of `LABEL_SETS`, IGNORE_INDEX where absent."""
-    return id_tensor([known.index(labels[name]) if name in labels else IGNORE_INDEX for name, known in LABEL_SETS.items()])
+    return id_tensor(
+        [known.index(labels[name]) if name in labels else IGNORE_INDEX for name, known in LABEL_SETS.items()]
+    )
