@@ -43,9 +43,9 @@ def batch_size(
     """Find the largest data.init_args.batching.tokens_per_batch with which two steps can be trained.
 
     Batches are real ones of the configured sources, filled to the budget whatever max_rows says. Nothing is logged, no
-    checkpoint is written, nothing is validated. All devices of this machine take part as configured, other nodes do not.
-    The answer holds for this machine and these settings: leave some of it
-    for batches that are heavier than those tried, and for what callbacks and validation need.
+    checkpoint is written, nothing is validated. The devices of this machine take part as configured, other nodes do
+    not. The answer holds for this machine and these settings: leave some of it for batches that are heavier than those
+    tried, and for what callbacks and validation need.
 
     Args:
         configs: The YAML files of the run, as given to echat fit.

@@ -5,10 +5,10 @@ The buffer holds dialogues; what is kept of it is where they come from, and they
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from random import Random
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -166,7 +166,8 @@ class SourceReader:
             self._buffer.append(stored)
         if not self._buffer:
             return None
-        place = Random(f"{self._seed}/{self._draws}").randrange(len(self._buffer))
+        digest = hashlib.blake2b(f"{self._seed}/{self._draws}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest) % len(self._buffer)
         self._draws += 1
         self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
         return self._buffer.pop()
