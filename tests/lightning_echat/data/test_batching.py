@@ -183,7 +183,7 @@ def test_packing_leaves_next_to_no_padding_even_of_frames():
 
 
 def test_a_batch_begins_with_the_oldest_and_takes_its_like():
-    config = BatchingConfig(tokens_per_batch=60, max_ids=50, pool=8)
+    config = BatchingConfig(tokens_per_batch=50, max_ids=50, pool=8)
     ids, frames = np.array([20, 50, 21, 19, 8]), np.array([100, 100, 2000, 110, 100])
     assert choose_padded(ids, frames, config) == [0, 3]
     # Without a clip the length of ids decides alone.
