@@ -34,7 +34,8 @@ from benchmarks.networks import SIZES, Size, network_of, tokens_of
 from callbacks.token_throughput import peak_flops
 from lightning_echat.contracts import PackedBatch
 from lightning_echat.data.batching import pack_rows
-from lightning_echat.parallel import ShardedStrategy, local
+from lightning_echat.nn.deferred_init import local
+from lightning_echat.parallel import ShardedStrategy
 from lightning_echat.stages.base import EChatStage
 from lightning_echat.stages.empathy import EmpathyStage
 from lightning_echat.testing import dummy_tokenized
