@@ -239,7 +239,9 @@ def check(row_length: int) -> str:
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             words += ["-m", "benchmarks.scaling", "--measure", str(out), "--strategy", strategy]
             words += ["--row_length", str(row_length), *(["--recompute"] if recompute else [])]
-            subprocess.run(words, check=True, capture_output=True)
+            run = subprocess.run(words, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise SystemExit(f"{' '.join(words)} failed:\n{run.stderr[-2000:]}")
             measured = json.loads(out.read_text())
         net = network(SIZES["small"], compute=torch.float32)
         load = Load(positions=measured["positions"], heard=measured["heard"], recompute=recompute)

@@ -47,6 +47,22 @@ class _Step:
         self.operation(whole.as_strided(self.size, self.stride, self.offset), *self.args, **options)
 
 
+class _Scratch:
+    """Memory for one tensor at a time. Were each allocated anew, small ones that stay would split what they leave."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.dtype, Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A CPU tensor of that shape, with whatever values."""
+        extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        held = self._memory.get(tensor.dtype)
+        if held is None or held.numel() < extent:
+            self._memory.pop(tensor.dtype, None)
+            held = self._memory[tensor.dtype] = torch.empty(extent, dtype=tensor.dtype)
+        return held.as_strided(tensor.shape, tensor.stride())
+
+
 @dataclass(slots=True)
 class _Recipe:
     """How one parameter gets its values.
@@ -61,9 +77,9 @@ class _Recipe:
     start: Tensor | None = None
     steps: list[_Step] = field(default_factory=list)
 
-    def cook(self) -> Tensor:
-        """The whole parameter, on the CPU."""
-        whole = torch.empty(self.parameter.shape, dtype=self.parameter.dtype)
+    def cook(self, scratch: _Scratch) -> Tensor:
+        """The whole parameter, on the CPU, until the next one is cooked."""
+        whole = scratch.like(self.parameter)
         if self.start is not None:
             whole.copy_(self.start)
         for step in self.steps:
@@ -83,6 +99,7 @@ class DeferredInit(TorchDispatchMode):
         self._names: dict[str, _Recipe] = {}
         self._empty: dict[int, Any] = {}
         self._drawn = True
+        self._scratch = _Scratch()
 
     @classmethod
     def active(cls) -> DeferredInit | None:
@@ -99,6 +116,7 @@ class DeferredInit(TorchDispatchMode):
         _ACTIVE.reset(self._token)
         self._hook.remove()
         self._empty.clear()
+        self._scratch = _Scratch()
 
     @contextmanager
     def undrawn(self) -> Iterator[None]:
@@ -121,9 +139,10 @@ class DeferredInit(TorchDispatchMode):
             model: That of `name`, sharded or not, its parameters in memory. Takes one of them whole at a time.
             but: Names of those that have their values already.
         """
+        scratch = _Scratch()
         for name, parameter in model.named_parameters():
             if name not in but:
-                fill_part(parameter, self._names[name].cook())
+                fill_part(parameter, self._names[name].cook(scratch))
 
     def _take(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         """Hook: put a parameter that is registered on the meta device."""
@@ -160,7 +179,7 @@ class DeferredInit(TorchDispatchMode):
         state = None
         if any(argument.name == "generator" for argument in func._schema.arguments):
             state = torch.get_rng_state()
-            func(torch.empty_strided(target.shape, target.stride(), dtype=target.dtype), *args, **options)
+            func(self._scratch.like(target), *args, **options)
         if target.numel() == recipe.parameter.numel() and func._schema.name.split("::")[1] in _OVERWRITING:
             recipe.start, recipe.steps = None, []
         place = (target.shape, target.stride(), int(target.storage_offset()))
@@ -193,5 +212,13 @@ def fill_part(tensor: Tensor, whole: Any) -> None:
 
 
 def to_memory(model: nn.Module, device: torch.device) -> None:
-    """Give what is on the meta device memory, without values; what is elsewhere stays, as buffers do."""
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    """Give what is on the meta device memory, without values; what is elsewhere stays, as buffers do.
+
+    Parameters stay the objects that they are, so those that are tied stay tied.
+    """
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swapped)
