@@ -325,8 +325,17 @@ def compile_blocks(model: EChatModel) -> None:
 
 
 def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
-    """The strategy of a run whose network is sharded."""
+    """The strategy of a run whose network is sharded.
+
+    Raises:
+        UserError: It is another that would have the stage cut itself: each rank would train a whole by itself.
+    """
     strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "trainer.strategy is ModelParallelStrategy, whose tensor parallelism is not supported: the data would have "
+            "to be dealt to groups of ranks and not to ranks; use lightning_echat.parallel.ShardedStrategy"
+        )
     return strategy if isinstance(strategy, ShardedStrategy) else None
 
 

@@ -84,10 +84,14 @@ def read_pretrained(model: EChatModel, network: NetworkConfig) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     filled: set[str] = set()
     if network.encoder.pretrained:
-        own = {n.removeprefix("encoder."): n for n in names if n.startswith("encoder.") and ".convolutions." not in f".{n}"}
+        own = {
+            n.removeprefix("encoder."): n for n in names if n.startswith("encoder.") and ".convolutions." not in f".{n}"
+        }
         filled |= _read(model, own, network.encoder.weights, "speech encoder", prefixes=("model.encoder.", "encoder."))
     if network.llm.pretrained:
-        own = {without_lora(n).removeprefix("lm.llm."): n for n in names if n.startswith("lm.llm.") and ".lora_" not in n}
+        own = {
+            without_lora(n).removeprefix("lm.llm."): n for n in names if n.startswith("lm.llm.") and ".lora_" not in n
+        }
         prefix = f"{model.lm.causal_lm.base_model_prefix}."
         own_base = {name.removeprefix(prefix): n for name, n in own.items()}
         filled |= _read(model, own, network.llm.weights, "language model", prefixes=("",), otherwise=own_base)
