@@ -172,7 +172,7 @@ class DeferredInit(TorchDispatchMode):
     def _record(self, func: Any, target: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         if any(isinstance(arg, Tensor) and arg.is_meta for arg in (*args, *options.values())):
             raise UserError(
-                f"a parameter of {tuple(target.shape)} is initialised from others, which cannot be done shard by shard; "
+                f"a parameter of {tuple(target.shape)} is initialised from others, which goes not shard by shard; "
                 f"train this language model whole"
             )
         recipe = self._recipes[_key(target)]

@@ -27,7 +27,6 @@ from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRACo
 from lightning_echat.nn.weight_sources import WeightSource, mapped_weights, without_lora
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 
-
 _PREFIX = "model."
 """Of the network's weights in a stage."""
 
