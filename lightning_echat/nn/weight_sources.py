@@ -137,11 +137,7 @@ def _read(
 
 
 def _pretrained_files(weights: str, what: str) -> list[Path]:
-    options: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-        "_raise_exceptions_for_gated_repo": False,
-    }
+    options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     try:
         if whole := cached_file(weights, SAFE_WEIGHTS_NAME, **options):
             return [Path(whole)]

@@ -116,6 +116,9 @@ def test_pretrained_weights_that_are_not_there_or_do_not_fit_are_told(tmp_path, 
     other = replace(network, encoder=replace(network.encoder, feedforward=32))
     with pytest.raises(UserError, match=r"speech encoder .* has other sizes"):
         build_deferred(other, tokens, tokenizer.vocabulary)
+    other = replace(network, encoder=replace(network.encoder, weights=str(tmp_path / "none")))
+    with pytest.raises(UserError, match="cannot load speech encoder"):
+        build_deferred(other, tokens, tokenizer.vocabulary)
     (tmp_path / "llm" / "model.safetensors").rename(tmp_path / "llm" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"language model .* has no model\.safetensors"):
         build_deferred(network, tokens, tokenizer.vocabulary)
