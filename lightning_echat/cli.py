@@ -379,3 +379,7 @@ def _rank() -> int:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
