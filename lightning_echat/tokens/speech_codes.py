@@ -19,12 +19,13 @@ SPEECH_CHUNK = 18
 
 def codes_to_ids(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
     """[n] speech codes -> [n + 2] ids with the boundary on both sides; `SampleRejected` for a code out of range."""
-    if codes.numel() == 0:
+    values: list[int] = codes.tolist()
+    if not values:
         raise SampleRejected("no speech codes")
-    if int(codes.min()) < 0 or int(codes.max()) >= vocabulary.codebook_size:
+    if min(values) < 0 or max(values) >= vocabulary.codebook_size:
         raise SampleRejected("speech code out of range", f"codes must lie in [0, {vocabulary.codebook_size})")
-    boundary = vocabulary.speech_boundary
-    return [boundary, *(codes + vocabulary.first_code).tolist(), boundary]
+    boundary, first = vocabulary.speech_boundary, vocabulary.first_code
+    return [boundary, *(first + value for value in values), boundary]
 
 
 def ids_to_codes(ids: list[int], vocabulary: Vocabulary) -> Tensor:
