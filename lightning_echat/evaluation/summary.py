@@ -188,18 +188,29 @@ def _asked_sets(records: Sequence[AnswerRecord]) -> list[str]:
 def _only_judge(records: Sequence[AnswerRecord]) -> str | None:
     """The judge of all answers, None where there are none. Scores of two judges never meet in one table."""
     judges = {record.judge for record in records}
-    if len(judges) > 1 or any(record.score is None for record in records):
+    if len(judges) > 1 or "" in judges:
         raise ValueError(f"every answer must be scored, by one judge; found: {sorted(judges)} (see score_records)")
     return judges.pop() if judges else None
 
 
 def _category_scores(records: Sequence[AnswerRecord], *, seed: int) -> dict[str, Any]:
-    """[score, low, high] by category, the number of items behind each, and the share of replies on topic."""
+    """[score, low, high] by category and dimension, the items behind each, what has no score, the share on topic."""
     scores = {name: _scores_in(records, name) for name in CATEGORIES}
+    scored = [record.score for record in records if record.score is not None]
+    dimensions = dict.fromkeys(name for score in scored for name in score.per_dimension)
     return {
         **{name: list(bootstrap_interval(list(found.values()), seed=seed)) for name, found in scores.items()},
         "items_in_category": {name: len(found) for name, found in scores.items()},
-        "on_topic": _mean([record.score.on_topic for record in records if record.score is not None]),
+        "dimensions": {
+            name: list(
+                bootstrap_interval(
+                    [score.per_dimension[name] for score in scored if name in score.per_dimension], seed=seed
+                )
+            )
+            for name in dimensions
+        },
+        "unparsed": len(records) - len(scored),
+        "on_topic": _mean([score.on_topic for score in scored if score.on_topic is not None]),
     }
 
 
