@@ -54,6 +54,9 @@ COMMANDS: dict[str, Command] = {
     "data synthesize": Command(
         "make the quickstart's spoken-dialogue corpus on this machine", "lightning_echat.corpus.synthesize:synthesize"
     ),
+    "data benchmark": Command(
+        "make the benchmark's item set on this machine", "lightning_echat.corpus.benchmark:benchmark"
+    ),
     "data pack": Command("turn your own dialogues and audio into shards", "lightning_echat.corpus.pack:pack"),
     "data tokenize": Command(
         "add speech codes to shards, on many processes", "lightning_echat.corpus.tokenize:tokenize"

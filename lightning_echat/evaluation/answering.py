@@ -25,6 +25,7 @@ from lightning_echat.evaluation.controls import (
     ForcedPrompt,
     dialogues_of,
     force_labels,
+    partner_of,
     why_left_out,
     with_forced,
 )
@@ -219,13 +220,15 @@ class Answerer:
                 fmt=self.trained.tokenizer.prompt_set.thinking,
                 item=question.posed.item,
             )
+            place = places[question.posed.item.key] - first
             record = replace(
                 record,
+                heard_key=batch[partner_of(place, len(batch))].item.key if control == "shuffled_audio" else "",
                 checkpoint=self.checkpoint_hash,
                 seed=self.config.decoding.seed,
                 label_probabilities=found,
             )
-            keep = task.traits.converses and self._keeps_sound(places[question.posed.item.key], control)
+            keep = task.traits.converses and self._keeps_sound(first + place, control)
             writer.write(record, **self._sounds(question, reply) if keep else {})
 
     def _generate(

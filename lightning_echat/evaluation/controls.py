@@ -54,6 +54,14 @@ def why_left_out(control: ControlName, *, task: DialogueTask, has_neutral: bool)
     return ""
 
 
+def partner_of(place: int, size: int) -> int:
+    """Whose audio the item at `place` of a batch hears when audio is shuffled.
+
+    Half a batch on: never itself, and the same partner however often the batch is made again.
+    """
+    return (place + size // 2) % size
+
+
 def dialogues_of(control: ControlName | None, batch: Sequence[PosedItem]) -> list[ParsedDialogue | SampleRejected]:
     """The dialogues that a control asks in place of the items' own, or why one cannot be asked."""
     if control == "neutral_voice":
@@ -66,9 +74,7 @@ def dialogues_of(control: ControlName | None, batch: Sequence[PosedItem]) -> lis
     if control == "shuffled_audio":
         if len(batch) < 2:
             return [SampleRejected("no other item in the batch to hear", posed.item.key) for posed in batch]
-        # Half a batch on: never itself, and the same partner however often the batch is made again.
-        far = len(batch) // 2
-        others = [batch[(place + far) % len(batch)] for place in range(len(batch))]
+        others = [batch[partner_of(place, len(batch))] for place in range(len(batch))]
         return [with_audio_of(posed, query_audio_of(other)) for posed, other in zip(batch, others, strict=True)]
     return [posed.parsed for posed in batch]
 

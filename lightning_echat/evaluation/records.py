@@ -45,6 +45,7 @@ class AnswerRecord:
         timings: Seconds by name, of the whole batch that the answer was part of.
         query_audio, reply_audio: Wav files relative to the records' folder, None where none was stored.
         query_seconds, reply_seconds: Their durations, None where none was stored.
+        heard_key: Key of the item whose voice was heard, where a control played another one's.
         checkpoint: SHA-256 of the weights that answered.
         seed: Of the sampling.
         label_probabilities: Label set -> label -> probability, what the model gave each label where it named one.
@@ -63,6 +64,7 @@ class AnswerRecord:
     reply_audio: str | None = None
     query_seconds: float | None = None
     reply_seconds: float | None = None
+    heard_key: str = ""
     checkpoint: str = ""
     seed: int = 0
     label_probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def record_of(
     )
 
 
-def score_records(records: Sequence[AnswerRecord], *, judge: Judge, folder: Path) -> list[AnswerRecord]:
+def score_records(records: Sequence[AnswerRecord], *, judge: Judge, folder: Path = Path()) -> list[AnswerRecord]:
     """The same answers, scored by `judge`; earlier scores are replaced.
 
     Args:
@@ -205,11 +207,12 @@ class RecordWriter:
         return relative.as_posix(), waveform.shape[-1] / SAMPLE_RATE
 
 
-def store_scores(path: Path, records: Sequence[AnswerRecord]) -> Path:
-    """Write the scores of the answers in `path`, beside them. Returns the path of the scores."""
+def rescore_records(path: Path, *, judge: Judge) -> list[AnswerRecord]:
+    """Score a file of answers, again or for the first time, and keep the scores beside it (see `scores`)."""
+    records = score_records(read_records(path), judge=judge, folder=path.parent)
     scores = dict(zip(score_keys(records), (record.score for record in records), strict=True))
-    judge = records[0].judge if records else ""
-    return write_scores(path, ScoreFile(judge=judge, made_by=read_made_by(path), scores=scores))
+    write_scores(path, ScoreFile(judge=judge.name, made_by=read_made_by(path), scores=scores))
+    return records
 
 
 def read_records(path: Path, *, judge: str | None = None) -> list[AnswerRecord]:

@@ -18,7 +18,7 @@ from lightning_echat.data.files import write_json
 from lightning_echat.evaluation.answering import DIALOGUES, UNDERSTANDING
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import Judge, make_judge
-from lightning_echat.evaluation.records import read_records, score_records, store_scores
+from lightning_echat.evaluation.records import read_records, rescore_records
 from lightning_echat.evaluation.scores import file_name, judges_of
 from lightning_echat.evaluation.summary import summarize, summarize_empathy, write_report_json
 
@@ -65,8 +65,7 @@ def score_run(run: Path, *, judge: Judge, seed: int) -> dict[str, Any]:
     folder, facts = run / ANSWERS, read_run_facts(run)
     answered = [DIALOGUES, *facts["controls"]]
     for name in answered:
-        path = folder / f"{name}.jsonl"
-        store_scores(path, score_records(read_records(path), judge=judge, folder=folder))
+        rescore_records(folder / f"{name}.jsonl", judge=judge)
     understanding = [
         record
         for entry in facts["sets"]
@@ -102,12 +101,12 @@ def _other_judges(folder: Path, controls: Sequence[str], *, but: str, seed: int)
 def _print_table(empathy: Mapping[str, Any]) -> None:
     """The scores as people read them."""
     table = Table(title=f"{empathy['judge']}, {empathy['items']} items, 95 % intervals", title_justify="left")
-    table.add_column("category")
-    systems = {"model": empathy, **empathy["controls"]}
-    for name in systems:
-        table.add_column(name.replace("_", " "), no_wrap=True)
+    table.add_column("")
     for category in CATEGORIES:
-        table.add_row(category, *(_interval(found[category]) for found in systems.values()))
+        table.add_column(category, no_wrap=True)
+    systems = {"model": empathy, **empathy["controls"]}
+    for name, found in systems.items():
+        table.add_row(name.replace("_", " "), *(_interval(found[category]) for category in CATEGORIES))
     console = Console()
     console.print(table)
     for name, why in empathy["controls_left_out"].items():

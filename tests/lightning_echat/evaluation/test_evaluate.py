@@ -12,8 +12,10 @@ import torch
 
 from lightning_echat.contracts import SAMPLE_RATE, UserError
 from lightning_echat.decoding import DecodingConfig
-from lightning_echat.evaluation import evaluate as evaluate_module
-from lightning_echat.evaluation.evaluate import EvaluationSet, QuestionConfig, evaluate
+from lightning_echat.evaluation import answering
+from lightning_echat.evaluation.answering import QuestionConfig
+from lightning_echat.evaluation.evaluate import evaluate
+from lightning_echat.evaluation.item_sets import EvaluationSet
 from lightning_echat.evaluation.records import read_records
 from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
 from lightning_echat.testing import CODEBOOK_SIZE, save_tiny_checkpoint, tiny_model, write_dummy_shards
@@ -23,6 +25,7 @@ QUESTIONS = QuestionConfig(
     batch=3,
     thinking="none",
     audio_items=2,
+    controls=("text_only",),
     decoding=DecodingConfig(max_text_ids=8, max_speech_ids=20),
 )
 
@@ -53,13 +56,13 @@ def sets(tmp_path_factory) -> list[EvaluationSet]:
 def generated(monkeypatch) -> list[list[str]]:
     """Keys of each batch that is answered."""
     batches: list[list[str]] = []
-    generate = evaluate_module.generate
+    generate = answering.generate
 
     def counted(model, batch, *args):
         batches.append([reference.key for reference in batch.references])
         return generate(model, batch, *args)
 
-    monkeypatch.setattr(evaluate_module, "generate", counted)
+    monkeypatch.setattr(answering, "generate", counted)
     return batches
 
 
@@ -148,19 +151,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint, sets,
     whole = tmp_path / "whole"
     evaluate(checkpoint, sets[:1], whole, questions=QUESTIONS)
     generated.clear()
-    counted = evaluate_module.generate
+    counted = answering.generate
 
     def interrupted(*args):
         if len(generated) == 3:
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(evaluate_module, "generate", interrupted)
+    monkeypatch.setattr(answering, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, sets[:1], tmp_path / "run", questions=QUESTIONS)
     assert not (tmp_path / "run" / "report.json").exists()
     generated.clear()
-    monkeypatch.setattr(evaluate_module, "generate", counted)
+    monkeypatch.setattr(answering, "generate", counted)
     evaluate(checkpoint, sets[:1], tmp_path / "run", questions=QUESTIONS)
     # The second half of the dialogues, and the control.
     assert len(generated) == 3
