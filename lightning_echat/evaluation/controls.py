@@ -82,9 +82,7 @@ def dialogues_of(control: ControlName | None, batch: Sequence[PosedItem]) -> lis
 def force_labels(prompt: TokenizedDialogue, tokenizer: DialogueTokenizer, task: DialogueTask) -> ForcedPrompt:
     """Begin the thinking with what there is to hear, up to the emotion of the reply, which the model chooses."""
     reference = prompt.reference
-    begun = tokenizer.encode(
-        true_thinking(reference.transcript, reference.labels, task, tokenizer.prompt_set.thinking)
-    )
+    begun = tokenizer.encode(true_thinking(reference.transcript, reference.labels, task, tokenizer.prompt_set.thinking))
     ids = torch.cat([prompt.input_ids, torch.tensor(begun, dtype=torch.long)])
     # The marker that opens the thinking has been read; what decodes interleaved rows would wait for its end in vain.
     plain = replace(task, thinking="none").name if task.layout == "interleaved" else task.name

@@ -59,7 +59,8 @@ def label_probabilities(
     scores: list[dict[_Ids, Tensor]] = [{} for _ in answers]
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = rows[start : start + _ROWS_AT_ONCE]
-        for (place, context), found in zip(part, _scored(model, tokenizer, answers, part, candidates, device)):
+        read = _scored(model, tokenizer, answers, part, candidates, device)
+        for (place, context), found in zip(part, read, strict=True):
             scores[place].update({context[:length]: row for length, row in found.items()})
     return [
         {name: _normalised(labels, scores[place]) for name, labels in sets.items()}

@@ -87,9 +87,7 @@ def _read(path: Path) -> ScoreFile:
         if head["schema"] != SCHEMA:
             raise UserError(f"{path}: scores of schema {head['schema']}; this version reads schema {SCHEMA}")
         rows = [json.loads(line) for line in lines]
-        scores = {
-            (row["set"], row["key"]): None if row["score"] is None else from_row(row["score"]) for row in rows
-        }
+        scores = {(row["set"], row["key"]): None if row["score"] is None else from_row(row["score"]) for row in rows}
         return ScoreFile(judge=head["judge"], made_by=head["made_by"], scores=scores)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of scores ({error}); score again: echat evaluate score") from error

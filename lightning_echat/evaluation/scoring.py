@@ -122,5 +122,3 @@ def _interval(triple: Sequence[float]) -> str:
     if mean != mean:
         return "no data"
     return f"{mean:.1f}" if low != low else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
