@@ -134,6 +134,7 @@ def pose(stored: StoredSample, *, set_name: str) -> PosedItem:
         voice_type=parsed.sample.voice_type,
         source=_text(sidecar, "source"),
         language=_language(sidecar, query.text),
+        extra=_extra(sidecar),
     )
     return PosedItem(item=item, parsed=parsed, neutral_audio=_neutral_audio(sidecar, stored))
 
@@ -170,6 +171,13 @@ def _neutral_audio(sidecar: dict[str, Any], stored: StoredSample) -> bytes | Non
     if name not in stored.members:
         raise SampleRejected("missing member", f"neutral_audio {name!r}")
     return stored.members[name]
+
+
+def _extra(sidecar: dict[str, Any]) -> dict[str, str]:
+    extra = sidecar.get("extra", {})
+    if not isinstance(extra, dict):
+        raise SampleRejected("broken sidecar", f"extra is {type(extra).__name__}")
+    return {str(name): str(value) for name, value in extra.items()}
 
 
 def _text(sidecar: dict[str, Any], name: str) -> str:
@@ -229,7 +237,7 @@ def stored_row(row: dict[str, Any], *, folder: Path, shard: str, number: int) ->
             members[f"{place}.audio"] = _bytes_of(turn["audio"], folder)
             turn = {**turn, "audio": f"{place}.audio"}
         written.append(turn)
-    sidecar = {name: row[name] for name in ("category", "categories", "speaker", "voice_type", "source", "language")
+    sidecar = {name: row[name] for name in ("category", "categories", "speaker", "voice_type", "source", "language", "extra")
                if row.get(name) is not None}  # fmt: skip
     if row.get("neutral_audio") is not None:
         members["neutral.audio"] = _bytes_of(row["neutral_audio"], folder)

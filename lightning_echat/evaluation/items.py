@@ -38,6 +38,7 @@ class EvaluationItem:
         speaker, voice_type: Whose voice asks, where known.
         source: Where the voice comes from, for instance "held-out voices"; figures are also given by source.
         language: en or zh, which decides how words are counted.
+        extra: Anything else that a benchmark says about its item, as text.
     """
 
     key: str
@@ -52,6 +53,7 @@ class EvaluationItem:
     voice_type: str = ""
     source: str = ""
     language: str = "en"
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 def present_cues(labels: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.files import write_json
+from lightning_echat.evaluation.adapters.metrics import benchmark_figures
 from lightning_echat.evaluation.answering import DIALOGUES, UNDERSTANDING
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import Judge, make_judge
@@ -80,6 +81,8 @@ def score_run(run: Path, *, judge: Judge, seed: int) -> dict[str, Any]:
     sections["empathy"]["controls_left_out"] = facts["controls_left_out"]
     if others := _other_judges(folder, facts["controls"], but=judge.name, seed=seed):
         sections["other_judges"] = others
+    if figures := benchmark_figures(read_records(folder / f"{DIALOGUES}.jsonl")):
+        sections["benchmarks"] = figures
     sections["items_skipped"] = facts["items_skipped"]
     _print_table(sections["empathy"])
     return sections
