@@ -23,9 +23,10 @@ from lightning_echat.evaluation.items import CATEGORIES, EvaluationItem, categor
 
 LANGUAGES = ("en", "zh")
 
+_SIDECAR_FIELDS = ("category", "categories", "speaker", "voice_type", "source", "language", "extra")
 _ITEM_FIELDS = frozenset(
-    {"schema", "key", "category", "categories", "audio", "neutral_audio", "transcript", "labels", "reply"}
-    | {"reply_emotion", "turns", "speaker", "voice_type", "source", "language", "extra"}
+    {*_SIDECAR_FIELDS, "schema", "key", "audio", "neutral_audio"}
+    | {"transcript", "labels", "reply", "reply_emotion", "turns"}
 )
 
 
@@ -237,8 +238,7 @@ def stored_row(row: dict[str, Any], *, folder: Path, shard: str, number: int) ->
             members[f"{place}.audio"] = _bytes_of(turn["audio"], folder)
             turn = {**turn, "audio": f"{place}.audio"}
         written.append(turn)
-    sidecar = {name: row[name] for name in ("category", "categories", "speaker", "voice_type", "source", "language", "extra")
-               if row.get(name) is not None}  # fmt: skip
+    sidecar = {name: row[name] for name in _SIDECAR_FIELDS if row.get(name) is not None}
     if row.get("neutral_audio") is not None:
         members["neutral.audio"] = _bytes_of(row["neutral_audio"], folder)
         sidecar["neutral_audio"] = "neutral.audio"

@@ -66,14 +66,14 @@ def read_list(path: Path) -> Iterator[SeedUtterance]:
 
 
 def mean_error_rate(heard: Sequence[str], said: Sequence[str], *, language: str) -> float:
-    """Mean of the utterances' own error rates (words for en, characters for zh), not the rate over all; NaN without any.
+    """Mean of the utterances' own error rates, not the rate over all: words for en, characters for zh. NaN without any.
 
     Our normalisation (`text_units`), without the conversion of traditional characters that the original makes.
     """
     rates = []
     for left, right in zip(heard, said, strict=True):
-        units = [
+        hypothesis, reference = (
             words_of(text) if language == "en" else characters_of(text, language=language) for text in (left, right)
-        ]
-        rates.append(count_errors([units[0]], [units[1]]).rate)
+        )
+        rates.append(count_errors([hypothesis], [reference]).rate)
     return sum(rates) / len(rates) if rates else float("nan")

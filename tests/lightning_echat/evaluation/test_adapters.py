@@ -118,5 +118,5 @@ def test_a_wrong_subset_is_told_with_the_nearest(tmp_path):
     source.write_text("{}\n")
     with pytest.raises(UserError, match="did you mean 'openbookqa'"):
         items(source, format="voicebench", subset="openbookq", out=tmp_path / "items.jsonl")
-    with pytest.raises(UserError, match="NAME.jsonl in"):
+    with pytest.raises(UserError, match=r"NAME\.jsonl in"):
         items(source, format="voicebench", subset="mmsu", out=tmp_path / "elsewhere" / "items.jsonl")

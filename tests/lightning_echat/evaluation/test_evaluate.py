@@ -349,6 +349,6 @@ def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, check
 
 
 def test_a_device_that_is_not_there_is_one_line():
-    with pytest.raises(UserError, match="--device tpuu: .*give auto, cpu or cuda") as raised:
+    with pytest.raises(UserError, match=r"--device tpuu: .*give auto, cpu or cuda") as raised:
         choose_device("tpuu")
     assert "\n" not in str(raised.value)

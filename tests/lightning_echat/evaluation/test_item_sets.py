@@ -85,7 +85,7 @@ def test_an_item_that_cannot_be_used_is_counted_by_reason(folder, row, reason):
 
 
 def test_a_set_without_any_usable_item_is_one_line_that_says_why(folder):
-    with pytest.raises(UserError, match="'mine' holds no usable item.*unknown label") as raised:
+    with pytest.raises(UserError, match=r"'mine' holds no usable item.*unknown label") as raised:
         read(folder, {**GOOD, "labels": {"age": "ancient"}})
     assert "\n" not in str(raised.value)
 

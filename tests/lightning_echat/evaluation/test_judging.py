@@ -46,7 +46,7 @@ def test_a_judge_of_ones_own_is_named_by_its_class_path():
         ("llm", {"base_url": "localhost:8000", "model": "m"}, "no http"),
         ("llm", {"base_url": "http://x/v1", "model": "m", "rubric": "echat_judge_v2"}, "did you mean 'echat_judge_v1'"),
         ("llm", {"base_url": "http://x/v1", "model": "m", "n": 0}, "at least once"),
-        ("llm", {"base_url": "http://x/v1", "model": "m", "reply_emotion": "understandin"}, "did you mean 'understanding"),
+        ("llm", {"base_url": "http://x/v1", "model": "m", "reply_emotion": "understandin"}, "mean 'understanding"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_naming_a_judge_is_one_line_with_the_nearest_choice(name, arguments, message):
