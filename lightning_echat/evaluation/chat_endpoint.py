@@ -318,7 +318,8 @@ class ChatEndpoint:
         where = f"{self.config.model} at {self.config.base_url}"
         kept = f"{done} of {total} answers came and are kept in {self.record}"
         if "refused" in failures:
-            hint = f"; is {self.config.api_key_env} set and right?" if "HTTP 40" in self._refusal[:7] else ""
+            locked = self._refusal.startswith(("HTTP 401", "HTTP 403"))
+            hint = f"; is {self.config.api_key_env} set and right?" if locked else ""
             raise UserError(f"{where} refuses: {self._refusal}{hint}; {kept}")
         if "budget" in failures:
             spent = f"{self.attempts} requests and {self.tokens} tokens"

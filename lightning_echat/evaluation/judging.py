@@ -113,8 +113,6 @@ def construct(
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         raise UserError(f"{what} {name!r}: no class {class_name!r} in {module_name}{nearest(class_name, dir(module))}")
-    if missing := [member for member in members if not hasattr(cls, member)]:
-        raise UserError(f"{what} {name!r} has no {missing[0]!r}; see docs/recipes.md for what a {what} is")
     parser = _Parser(prog=what)
     keys = [str(key) for key in parser.add_class_arguments(cls, nested_key=None) or ()]
     try:
@@ -122,7 +120,10 @@ def construct(
     except ParseProblem as problem:
         line = explain_parse_error(str(problem), known_keys=keys, files=[])
         raise UserError(f"{what} {name!r}: {line}") from problem
-    return cls(**dict(parser.instantiate(values).items()))
+    made = cls(**dict(parser.instantiate(values).items()))
+    if missing := [member for member in members if not hasattr(made, member)]:
+        raise UserError(f"{what} {name!r} has no {missing[0]!r}; see docs/recipes.md for what a {what} is")
+    return made
 
 
 class _Parser(RaisesProblems, ArgumentParser):

@@ -62,7 +62,7 @@ def test_a_mistake_in_naming_a_judge_is_one_line_with_the_nearest_choice(name, a
         ("reply: {reply}", "reply", "shows no {reply}"),
         ("name: content", "name: contents", "output_schema scores"),
         ("low: 1", "low: 9", "scale runs"),
-        ("needs: reply_emotion", "needs: ears", "known: reply_emotion"),
+        ("    needs: reply_emotion", "    needs: ears", "known: reply_emotion"),
         ("version: 1", "versoin: 1", "'version' is missing"),
     ],
 )
