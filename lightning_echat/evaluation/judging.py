@@ -114,7 +114,9 @@ def construct(
     if not inspect.isclass(cls):
         raise UserError(f"{what} {name!r}: no class {class_name!r} in {module_name}{nearest(class_name, dir(module))}")
     parser = _Parser(prog=what)
-    keys = [str(key) for key in parser.add_class_arguments(cls, nested_key=None) or ()]
+    keys = {str(key).partition(".")[0] for key in parser.add_class_arguments(cls, nested_key=None) or ()}
+    if unknown := [str(key) for key in arguments or {} if str(key) not in keys]:
+        raise UserError(f"{what} {name!r}: unknown key {unknown[0]!r}{nearest(unknown[0], keys)}")
     try:
         values = parser.parse_object(dict(arguments or {}))
     except ParseProblem as problem:
