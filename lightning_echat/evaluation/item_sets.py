@@ -104,6 +104,7 @@ def _items(entry: EvaluationSet, counter: SkipCounter) -> Iterator[PosedItem]:
                 counter.check(max_share=0.05)
                 continue
             keys.add(posed.item.key)
+            counter.keep()
             yield posed
 
 

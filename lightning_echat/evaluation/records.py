@@ -24,7 +24,12 @@ from lightning_echat.evaluation.items import EvaluationItem, item_of
 from lightning_echat.evaluation.judging import Judge, JudgedReply, JudgeScore
 from lightning_echat.evaluation.scores import ScoreFile, read_scores, score_keys, write_scores
 from lightning_echat.metrics import ParsedAnswer, parse_answer
+<<<<<<< HEAD
 from lightning_echat.tokens.thinking import ThinkingFormat, parse_thinking
+=======
+from lightning_echat.tokens.speech_codes import repetition_rate
+from lightning_echat.tokens.thinking import ThinkingFormat
+>>>>>>> main
 
 SCHEMA = 2
 
@@ -41,6 +46,7 @@ class AnswerRecord:
         answer: The same, parsed.
         thinking: The thinking as it stands, without markers; empty where there is none.
         codes: Speech codes of the reply.
+        repetition: Share of its runs of four codes that repeat an earlier one (`speech_codes.repetition_rate`).
         finished: False when a length limit cut the answer short.
         timings: Seconds by name, of the whole batch that the answer was part of.
         query_audio, reply_audio: Wav files relative to the records' folder, None where none was stored.
@@ -58,6 +64,7 @@ class AnswerRecord:
     answer: ParsedAnswer
     thinking: str = ""
     codes: int = 0
+    repetition: float = 0.0
     finished: bool = True
     timings: dict[str, float] = field(default_factory=dict)
     query_audio: str | None = None
@@ -93,6 +100,7 @@ def record_of(
         answer=answer,
         thinking=parse_thinking(generated.text, fmt).written if answer.thinks else "",
         codes=int(generated.speech_codes.numel()),
+        repetition=repetition_rate(generated.speech_codes),
         finished=generated.finished,
         timings=dict(generated.timings),
     )

@@ -67,11 +67,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*/*.tar"))}
 
 
-def test_shards_are_the_same_whoever_makes_them_and_other_parameters_are_refused(tmp_path):
-    sizes = {"items_per_category": 1, "seen_voices_items": 1, "items_per_shard": 3}
-    benchmark(tmp_path / "a", workers=1, **sizes)
-    benchmark(tmp_path / "b", workers=2, **sizes)
+SIZES = {"items_per_category": 1, "seen_voices_items": 1, "items_per_shard": 3}
+
+
+@pytest.mark.slow
+def test_shards_are_the_same_whoever_makes_them(tmp_path):
+    benchmark(tmp_path / "a", workers=1, **SIZES)
+    benchmark(tmp_path / "b", workers=2, **SIZES)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_what_is_missing_is_made_again_and_other_parameters_are_refused(tmp_path):
+    sizes = SIZES
+    benchmark(tmp_path / "a", workers=1, **sizes)
     before = contents(tmp_path / "a")
     (tmp_path / "a" / "items" / "shard-000001.tar").unlink()
     benchmark(tmp_path / "a", workers=1, **sizes)
