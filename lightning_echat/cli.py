@@ -94,17 +94,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
-<<<<<<< HEAD
     "evaluate score": Command(
         "score stored answers again, by any judge", "lightning_echat.evaluation.scoring:score", "run"
     ),
     "evaluate compare": Command(
         "compare two runs, paired over common items", "lightning_echat.evaluation.compare:compare", "runs"
     ),
-    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
-=======
     "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
->>>>>>> main
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
     "ablate": Command(
         "run a study: variants of an experiment, compared over seeds", "lightning_echat.cli:ablate", "study"

@@ -37,12 +37,10 @@ class ForcedPrompt:
     Attributes:
         dialogue: The prompt and the forced beginning, all of it read and none written by the model.
         ids: The forced ids.
-        task: Name of the task that the answer is to.
     """
 
     dialogue: TokenizedDialogue
     ids: list[int]
-    task: str
 
 
 def why_left_out(control: ControlName, *, task: DialogueTask, has_neutral: bool) -> str:
@@ -84,11 +82,9 @@ def force_labels(prompt: TokenizedDialogue, tokenizer: DialogueTokenizer, task: 
     reference = prompt.reference
     begun = tokenizer.encode(true_thinking(reference.transcript, reference.labels, task, tokenizer.prompt_set.thinking))
     ids = torch.cat([prompt.input_ids, torch.tensor(begun, dtype=torch.long)])
-    # The marker that opens the thinking has been read; what decodes interleaved rows would wait for its end in vain.
-    plain = replace(task, thinking="none").name if task.layout == "interleaved" else task.name
-    longer = replace(reference, task=plain, prompt_length=len(ids), length=len(ids))
+    longer = replace(reference, prompt_length=len(ids), length=len(ids))
     dialogue = replace(prompt, input_ids=ids, labels=torch.full_like(ids, IGNORE_INDEX), reference=longer)
-    return ForcedPrompt(dialogue=dialogue, ids=begun, task=task.name)
+    return ForcedPrompt(dialogue=dialogue, ids=begun)
 
 
 def true_thinking(transcript: str, labels: dict[str, str], task: DialogueTask, fmt: ThinkingFormat) -> str:
@@ -104,5 +100,4 @@ def true_thinking(transcript: str, labels: dict[str, str], task: DialogueTask, f
 def with_forced(reply: GeneratedReply, forced: ForcedPrompt, tokenizer: DialogueTokenizer) -> GeneratedReply:
     """The answer as the model would have written it from the beginning."""
     ids = [*forced.ids, *reply.text_ids]
-    reference = replace(reply.reference, task=forced.task)
-    return replace(reply, reference=reference, text_ids=ids, text=tokenizer.decode(ids))
+    return replace(reply, text_ids=ids, text=tokenizer.decode(ids))

@@ -24,12 +24,8 @@ from lightning_echat.evaluation.items import EvaluationItem, item_of
 from lightning_echat.evaluation.judging import Judge, JudgedReply, JudgeScore
 from lightning_echat.evaluation.scores import ScoreFile, read_scores, score_keys, write_scores
 from lightning_echat.metrics import ParsedAnswer, parse_answer
-<<<<<<< HEAD
-from lightning_echat.tokens.thinking import ThinkingFormat, parse_thinking
-=======
 from lightning_echat.tokens.speech_codes import repetition_rate
-from lightning_echat.tokens.thinking import ThinkingFormat
->>>>>>> main
+from lightning_echat.tokens.thinking import ThinkingFormat, parse_thinking
 
 SCHEMA = 2
 

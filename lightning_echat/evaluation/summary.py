@@ -18,13 +18,8 @@ import numpy as np
 from lightning_echat.evaluation.bootstrap import bootstrap_interval
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord, nan_as_none
-<<<<<<< HEAD
 from lightning_echat.evaluation.understanding import asked_sets, label_scores, summarize_understanding, word_error_rate
-=======
-from lightning_echat.metrics import UNPARSED, EnglishWordErrorRate, LabelAccuracy
 from lightning_echat.nn.token2wav.kmeans import CODE_RATE
-from lightning_echat.tokens.paralinguistics import LABEL_SETS
->>>>>>> main
 
 
 def summarize(
