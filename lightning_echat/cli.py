@@ -55,6 +55,14 @@ COMMANDS: dict[str, Command] = {
     "data synthesize": Command(
         "make the quickstart's spoken-dialogue corpus on this machine", "lightning_echat.corpus.synthesize:synthesize"
     ),
+    "data benchmark": Command(
+        "make the benchmark's item set on this machine", "lightning_echat.corpus.benchmark:benchmark"
+    ),
+    "data items": Command(
+        "turn another benchmark's items into an item set",
+        "lightning_echat.evaluation.adapters.convert:items",
+        "source",
+    ),
     "data pack": Command("turn your own dialogues and audio into shards", "lightning_echat.corpus.pack:pack"),
     "data tokenize": Command(
         "add speech codes to shards, on many processes", "lightning_echat.corpus.tokenize:tokenize"
@@ -86,6 +94,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
+    "evaluate score": Command(
+        "score stored answers again, by any judge", "lightning_echat.evaluation.scoring:score", "run"
+    ),
+    "evaluate compare": Command(
+        "compare two runs, paired over common items", "lightning_echat.evaluation.compare:compare", "runs"
+    ),
     "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
     "ablate": Command(
