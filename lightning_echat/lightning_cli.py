@@ -25,7 +25,6 @@ from lightning_echat.command_errors import (
     one_line,
 )
 from lightning_echat.contracts import UserError
-from lightning_echat.stages.base import EChatStage
 
 
 class EChatArgumentParser(RaisesProblems, LightningArgumentParser):
@@ -130,7 +129,7 @@ def run_lightning(args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`."""
     _quiet()
     EChatCLI(
-        EChatStage,
+        LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -22,8 +22,8 @@ from lightning_echat.data.training_stream import TrainingStream
 from lightning_echat.data.validation_stream import ValidationStream
 
 
-class _WorkerLoader(DataLoader[PackedBatch]):
-    """What both loaders share.
+class WorkerLoader(DataLoader[PackedBatch]):
+    """What all loaders share.
 
     Workers end with each pass. They are started once in a training without end, and those of several validation sets
     would fill the memory if they stayed.
@@ -55,7 +55,7 @@ class _WorkerLoader(DataLoader[PackedBatch]):
             yield item
 
 
-class ValidationLoader(_WorkerLoader):
+class ValidationLoader(WorkerLoader):
     """One pass after the other over a validation set.
 
     Args:
@@ -75,7 +75,7 @@ class ValidationLoader(_WorkerLoader):
                 yield item
 
 
-class TrainingLoader(_WorkerLoader):
+class TrainingLoader(WorkerLoader):
     """Training batches that carry the position after them; it goes on from any of those.
 
     Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.
