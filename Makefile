@@ -26,7 +26,7 @@ $(STAMP):
 	@echo "environment: installing the pinned packages into $(VENV) (about 3 minutes and 5 GB, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check \
-	  -c constraints.txt -e '.[synthesis,dev]'
+	  -c constraints.txt -e '.[synthesis,recogniser,dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 	@echo "environment: ready"

@@ -83,8 +83,23 @@ COMMANDS: dict[str, Command] = {
     "convert consolidate": Command(
         "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
     ),
+    "convert token2wav": Command(
+        "join a trained flow and vocoder into a folder that speaks",
+        "lightning_echat.checkpoints.token2wav:token2wav",
+        "flow",
+    ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
+    "evaluate speech": Command(
+        "word errors and quality of wav files against their texts",
+        "lightning_echat.evaluation.evaluate_speech:evaluate_speech",
+        "listed",
+    ),
+    "evaluate resynthesis": Command(
+        "what speech codes and token-to-speech lose, heard by a recogniser",
+        "lightning_echat.evaluation.resynthesis:resynthesis",
+        "shards",
+    ),
     "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
 }

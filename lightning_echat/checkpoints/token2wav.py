@@ -42,9 +42,7 @@ def token2wav(
     spoken = None if prompt is None else _prompt(prompt, speech_tokenizer, trained)
     FlowToken2Wav(trained, voice, sampling=sampling, prompt=spoken).save(out)
     by = "Griffin-Lim" if voice is None else f"a vocoder of {_millions(voice)}"
-    Console().print(
-        f"{out}: a flow of {_millions(trained)} and {by}", highlight=False, markup=False, soft_wrap=True
-    )
+    Console().print(f"{out}: a flow of {_millions(trained)} and {by}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _prompt(path: Path, speech_tokenizer: Path | None, flow: FlowMatching) -> Prompt:
@@ -54,7 +52,7 @@ def _prompt(path: Path, speech_tokenizer: Path | None, flow: FlowMatching) -> Pr
     tokenizer, config = load_speech_tokenizer(speech_tokenizer), flow.config
     if tokenizer.codebook_size != config.codebook_size:
         raise UserError(
-            f"{speech_tokenizer} has {tokenizer.codebook_size} codes, and the flow was trained on {config.codebook_size}"
+            f"{speech_tokenizer} has {tokenizer.codebook_size} codes, the flow was trained on {config.codebook_size}"
         )
     if not path.is_file():
         raise UserError(f"no prompt {str(path)!r}")

@@ -102,7 +102,8 @@ class VoiceStream(IterableDataset[VoiceBatch]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         counter = SkipCounter()
         try:
-            batches = self._training(counter, worker, workers) if self.training else self._validation(counter, worker, workers)
+            stream = self._training if self.training else self._validation
+            batches = stream(counter, worker, workers)
             for batch in batches:
                 batch.health = counter.take()
                 yield batch
@@ -137,7 +138,8 @@ class VoiceStream(IterableDataset[VoiceBatch]):
             work = order.work(index)
             assert work is not None
             barren += 1
-            for utterance in self._utterances(ShardPart(path=self.shards[work.shard], part=work.part, parts=work.parts), counter):
+            part = ShardPart(path=self.shards[work.shard], part=work.part, parts=work.parts)
+            for utterance in self._utterances(part, counter):
                 barren = 0
                 yield utterance
             if barren >= limit:
@@ -227,6 +229,4 @@ def _of_length(waveform: Tensor, samples: int) -> Tensor:
 
 
 def _nothing(counter: SkipCounter) -> str:
-    return (
-        f"the shards hold no reply with audio and codes: {counter.summary()}; add codes with echat data tokenize"
-    )
+    return f"the shards hold no reply with audio and codes: {counter.summary()}; add codes with echat data tokenize"

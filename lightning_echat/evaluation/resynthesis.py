@@ -15,9 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torchaudio.functional import resample
 
 from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
-from lightning_echat.data.decoding import decode_waveform, parse_dialogue
+from lightning_echat.data.decoding import ParsedDialogue, decode_waveform, parse_dialogue
 from lightning_echat.data.files import write_json
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
@@ -72,7 +73,8 @@ def resynthesis(
     voice = load_token2wav(token2wav)
     texts = sorted({reply.text for reply in replies}) if grammar else []
     listener = open_recogniser(recogniser, texts=texts)
-    chosen = [replies[place] for place in np.linspace(0, len(replies) - 1, min(items, len(replies))).round().astype(int)]
+    places = np.linspace(0, len(replies) - 1, min(items, len(replies))).round().astype(int)
+    chosen = [replies[place] for place in places]
     figures = {
         "token2wav": str(token2wav),
         "skipped": counter.skipped,
@@ -124,25 +126,28 @@ def compare(replies: list[RecordedReply], voice: Token2Wav, listener: SpeechReco
 
 
 def _recorded(shards: list[str], counter: SkipCounter, *, max_seconds: float) -> list[RecordedReply]:
-    """All replies with words, codes and audio; the others are counted by reason."""
+    """All replies with words, codes and audio; dialogues that cannot be read are counted by reason."""
     found = []
     for path in expand_shards(shards):
         for stored in read_shard(ShardPart(path=path), counter=counter):
             try:
-                parsed = parse_dialogue(stored)
-                for number, turn in enumerate(parsed.sample.turns):
-                    audio = parsed.audio[number]
-                    if turn.role == "assistant" and audio is not None and turn.speech_codes is not None:
-                        if normalize_english(turn.text):
-                            waveform = decode_waveform(audio, max_seconds=max_seconds)
-                            found.append(
-                                RecordedReply(
-                                    key=stored.key, text=turn.text, codes=turn.speech_codes, waveform=waveform
-                                )
-                            )
+                found += _of_dialogue(parse_dialogue(stored), max_seconds=max_seconds)
                 counter.keep()
             except SampleRejected as error:
                 counter.reject(error, shard=stored.shard, key=stored.key)
+    return found
+
+
+def _of_dialogue(parsed: ParsedDialogue, *, max_seconds: float) -> list[RecordedReply]:
+    found = []
+    for turn, audio in zip(parsed.sample.turns, parsed.audio, strict=True):
+        complete = audio is not None and turn.speech_codes is not None and normalize_english(turn.text)
+        if turn.role == "assistant" and complete:
+            assert audio is not None and turn.speech_codes is not None
+            waveform = decode_waveform(audio, max_seconds=max_seconds)
+            found.append(
+                RecordedReply(key=parsed.sample.key, text=turn.text, codes=turn.speech_codes, waveform=waveform)
+            )
     return found
 
 
@@ -156,8 +161,6 @@ def _join(report: Path, figures: dict[str, Any]) -> None:
 
 
 def _at(waveform: Tensor, sample_rate: int) -> Tensor:
-    from torchaudio.functional import resample
-
     return waveform if sample_rate == SAMPLE_RATE else resample(waveform, sample_rate, SAMPLE_RATE)
 
 

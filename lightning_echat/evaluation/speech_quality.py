@@ -131,7 +131,8 @@ def mel_distance(made: Tensor, reference: Tensor, *, sample_rate: int, aligned: 
     """Root mean square difference of two log-mel spectrograms in dB, a mean over frames; NaN for too short ones.
 
     Args:
-        made, reference: [samples] float32.
+        made: [samples] float32.
+        reference: The same.
         sample_rate: Of both.
         aligned: Compare frame by frame, as of a resynthesis, up to the shorter end. Otherwise frames are first aligned
             by dynamic time warping, as two renditions of one text need; it costs frames².
@@ -230,9 +231,7 @@ class DNSMOS:
         # Its folder is a constant of the module, and where a file is missing it would download.
         implementation.DNSMOS_DIR = str(self._folder)
         rate = implementation.deep_noise_suppression_mean_opinion_score
-        scores = [
-            rate(resample(w, sample_rate, _DNSMOS_RATE), _DNSMOS_RATE, personalized=False) for w in waveforms
-        ]
+        scores = [rate(resample(w, sample_rate, _DNSMOS_RATE), _DNSMOS_RATE, personalized=False) for w in waveforms]
         names = ("p808", "signal", "background", "overall")
         return {name: _mean([float(score[i]) for score in scores]) for i, name in enumerate(names)}
 

@@ -68,9 +68,7 @@ class CosyVoiceSpeechTokenizer(nn.Module):
         codes = waveforms.new_zeros(len(lengths), max(numbers.tolist(), default=0), dtype=torch.long)
         if not spoken:
             return codes, numbers
-        mels = [
-            s3tokenizer.log_mel_spectrogram(_whole_codes(waveforms[row, : int(lengths[row])])) for row in spoken
-        ]
+        mels = [s3tokenizer.log_mel_spectrogram(_whole_codes(waveforms[row, : int(lengths[row])])) for row in spoken]
         found, found_lengths = self.model.quantize(*s3tokenizer.padding(mels))
         for place, row in enumerate(spoken):
             number = min(int(numbers[row]), int(found_lengths[place]))

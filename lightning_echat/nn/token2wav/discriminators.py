@@ -116,7 +116,9 @@ def _judge(x: Tensor, layers: nn.ModuleList, score: nn.Module) -> Judgement:
 
 def discriminator_loss(real: Sequence[Judgement], made: Sequence[Judgement]) -> Tensor:
     """Least squares: real towards 1, made towards 0; a mean for each discriminator, summed."""
-    return torch.stack([(1 - r.score).square().mean() + m.score.square().mean() for r, m in zip(real, made, strict=True)]).sum()
+    return torch.stack(
+        [(1 - r.score).square().mean() + m.score.square().mean() for r, m in zip(real, made, strict=True)]
+    ).sum()
 
 
 def adversarial_loss(made: Sequence[Judgement]) -> Tensor:

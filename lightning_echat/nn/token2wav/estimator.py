@@ -59,9 +59,7 @@ class Estimator(nn.Module):
             for i in range(lowest + 1)
         )
         bottom = config.channels[-1]
-        self.middle = nn.ModuleList(
-            _Level(config, bottom, bottom, times, nn.Identity()) for _ in range(config.middle)
-        )
+        self.middle = nn.ModuleList(_Level(config, bottom, bottom, times, nn.Identity()) for _ in range(config.middle))
         rising = (*config.channels[::-1], first)
         self.up = nn.ModuleList(
             _Level(config, 2 * rising[i], rising[i + 1], times, _up(rising[i + 1], doubles=i < lowest))
@@ -143,9 +141,7 @@ class _Level(nn.Module):
 class _ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv1d(inputs, outputs, 3, padding=1), nn.GroupNorm(_GROUPS, outputs), nn.Mish()
-        )
+        self.layers = nn.Sequential(nn.Conv1d(inputs, outputs, 3, padding=1), nn.GroupNorm(_GROUPS, outputs), nn.Mish())
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.layers(x * mask) * mask

@@ -1,8 +1,8 @@
 """Flow and vocoder as one `Token2Wav`, kept in a folder of its own.
 
-    token2wav.json       what it is made of and how it generates
-    flow.safetensors     weights of the flow, and its prompt and speaker where it has them
-    vocoder.safetensors  weights of the vocoder, unless that is Griffin-Lim
+token2wav.json       what it is made of and how it generates
+flow.safetensors     weights of the flow, and its prompt and speaker where it has them
+vocoder.safetensors  weights of the vocoder, unless that is Griffin-Lim
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ class FlowToken2Wav(nn.Module):
             if description["vocoder"] != "griffin_lim":
                 vocoder = HiFiGANVocoder(vocoder_config(description["vocoder"]))
                 vocoder.load_state_dict(load_file(folder / VOCODER_WEIGHTS))
-            prompt = Prompt(codes=tensors["prompt.codes"], mel=tensors["prompt.mel"]) if "prompt.codes" in tensors else None
+            prompt = None
+            if "prompt.codes" in tensors:
+                prompt = Prompt(codes=tensors["prompt.codes"], mel=tensors["prompt.mel"])
             return cls(
                 flow,
                 vocoder,
