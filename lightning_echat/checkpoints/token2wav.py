@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from rich.console import Console
 
+from lightning_echat.checkpoints.cosyvoice_flow import FLOW_NAME, read_released_flow
 from lightning_echat.contracts import UserError
 from lightning_echat.data.decoding import decode_waveform
 from lightning_echat.nn.token2wav.flow_matching import FlowMatching, Prompt, SamplingConfig
@@ -30,19 +31,25 @@ def token2wav(
     """Join flow and vocoder into a folder for --token2wav of chat, evaluate and the callbacks.
 
     Args:
-        flow: Checkpoint or run folder of the flow, or a token2wav folder.
+        flow: Checkpoint or run folder of the flow, a token2wav folder, or the released CosyVoice-300M-25Hz.
         out: Folder to write.
         vocoder: The same of the vocoder; without it the folder speaks by Griffin-Lim.
         sampling: How the mel is generated; stored.
         prompt: Wav file whose voice and manner every answer continues; a few seconds.
         speech_tokenizer: Folder of the speech tokenizer, to make codes of the prompt.
     """
-    trained = cast(FlowMatching, read_part(flow, name="flow"))
+    trained = _flow(flow)
     voice = None if vocoder is None else cast(HiFiGANVocoder, read_part(vocoder, name="vocoder"))
     spoken = None if prompt is None else _prompt(prompt, speech_tokenizer, trained)
     FlowToken2Wav(trained, voice, sampling=sampling, prompt=spoken).save(out)
     by = "Griffin-Lim" if voice is None else f"a vocoder of {_millions(voice)}"
     Console().print(f"{out}: a flow of {_millions(trained)} and {by}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _flow(path: Path) -> FlowMatching:
+    if path.name == FLOW_NAME or (path / FLOW_NAME).is_file():
+        return read_released_flow(path)
+    return cast(FlowMatching, read_part(path, name="flow"))
 
 
 def _prompt(path: Path, speech_tokenizer: Path | None, flow: FlowMatching) -> Prompt:
