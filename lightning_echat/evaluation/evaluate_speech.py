@@ -52,7 +52,7 @@ def evaluate_speech(
     *,
     recogniser: str = POCKETSPHINX,
     out: Path | None = None,
-    grammar: bool = False,
+    known_texts: bool = False,
     emotion_recogniser: str | None = None,
     speaker_model: str | None = None,
     dnsmos: Path | None = None,
@@ -65,7 +65,7 @@ def evaluate_speech(
             wav|text lines. Paths are relative to it.
         recogniser: pocketsphinx, the name or folder of a Hugging Face model, or stage:RUN.
         out: JSON file for all figures and for every utterance.
-        grammar: Let pocketsphinx choose among the listed texts.
+        known_texts: Let pocketsphinx know which words and trigrams the texts hold.
         emotion_recogniser: Name or folder of a Hugging Face audio classifier, or stage:RUN.
         speaker_model: Name or folder of a Hugging Face x-vector model, to compare with the references.
         dnsmos: Folder of the DNSMOS models.
@@ -74,7 +74,7 @@ def evaluate_speech(
     utterances = read_list(listed)
     waveforms = [_read(utterance.wav) for utterance in utterances]
     listener = open_recogniser(
-        recogniser, texts=[utterance.text for utterance in utterances] if grammar else (), device=device
+        recogniser, texts=[utterance.text for utterance in utterances] if known_texts else (), device=device
     )
     heard = listener.transcribe(waveforms, sample_rate=SAMPLE_RATE)
     errors = [word_errors(utterance.text, words) for utterance, words in zip(utterances, heard, strict=True)]

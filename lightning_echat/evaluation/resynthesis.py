@@ -49,8 +49,8 @@ def resynthesis(
     out: Path,
     *,
     recogniser: str = POCKETSPHINX,
-    items: int = 60,
-    grammar: bool = True,
+    items: int = 32,
+    known_texts: bool = True,
     max_seconds: float = 20.0,
 ) -> None:
     """Measure what is lost between recorded speech and the same from its codes.
@@ -63,7 +63,7 @@ def resynthesis(
         out: The run folder.
         recogniser: pocketsphinx, the name or folder of a Hugging Face model, or stage:RUN.
         items: Replies, spread evenly over the shards.
-        grammar: Let pocketsphinx choose among the texts of all replies of the shards; without, it guesses freely.
+        known_texts: Let pocketsphinx know which words and trigrams the replies of the shards hold.
         max_seconds: Longer replies are skipped and counted.
     """
     counter = SkipCounter()
@@ -71,7 +71,7 @@ def resynthesis(
     if not replies:
         raise UserError(f"the shards hold no reply with text, audio and codes: {counter.summary()}")
     voice = load_token2wav(token2wav)
-    texts = sorted({reply.text for reply in replies}) if grammar else []
+    texts = sorted({reply.text for reply in replies}) if known_texts else []
     listener = open_recogniser(recogniser, texts=texts)
     places = np.linspace(0, len(replies) - 1, min(items, len(replies))).round().astype(int)
     chosen = [replies[place] for place in places]
@@ -79,7 +79,6 @@ def resynthesis(
         "token2wav": str(token2wav),
         "skipped": counter.skipped,
         **compare(chosen, voice, listener),
-        "grammar": len(texts),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / FILE, content=nan_as_none(figures))

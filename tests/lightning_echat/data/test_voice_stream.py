@@ -34,7 +34,7 @@ def seen(stream: VoiceStream, batches: int | None = None) -> list[list[int]]:
     """The utterances of each batch, by their number."""
     found = []
     for batch in VoiceLoader(stream, num_workers=0):
-        found.append((batch.codes[:, 0] // 100).tolist())
+        found.append((batch.codes[:, :1] // 100).flatten().tolist())
         if len(found) == batches:
             break
     return found
