@@ -1,4 +1,4 @@
-"""How replies sound while the model trains: words heard in them, delivery, the emotion heard, and audio to listen to."""
+"""How replies sound while the model trains: words heard in them, delivery, the emotion heard, and audio."""
 
 from __future__ import annotations
 

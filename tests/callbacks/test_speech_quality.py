@@ -1,4 +1,4 @@
-"""SpeechQuality on a stage that answers by heart, a voice that is a codebook and a recogniser that is told what to hear."""
+"""SpeechQuality on a stage that answers by heart, a voice that is a codebook and a recogniser told what to hear."""
 
 from __future__ import annotations
 
