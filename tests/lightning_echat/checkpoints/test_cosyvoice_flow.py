@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             read_released_flow(tmp_path, SMALL)
     torch.save({name: t for name, t in state.items() if name != "encoder_proj.bias"}, tmp_path / "flow.pt")
-    with pytest.raises(UserError, match="lacks encoder_proj.bias"):
+    with pytest.raises(UserError, match=r"lacks encoder_proj\.bias"):
         read_released_flow(tmp_path, SMALL)
     (tmp_path / "flow.pt").write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot read"):
