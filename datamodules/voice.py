@@ -27,6 +27,9 @@ class VoiceDataModule(LightningDataModule):
     """Streams the assistant's utterances. Training never ends by itself: give `trainer.max_steps`.
 
     A run that is resumed draws its utterances in another order than one that was not interrupted.
+
+    Attributes:
+        codebook_size: Set by a stage that knows only so many codes; a larger one ends the run.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class VoiceDataModule(LightningDataModule):
         self.rows, self.segment_codes, self.max_seconds, self.shuffle = rows, segment_codes, max_seconds, shuffle
         self.num_workers, self.seed, self.max_skip_share = num_workers, seed, max_skip_share
         self.access = access or ShardAccess()
+        self.codebook_size: int | None = None
         self.train_loader: VoiceLoader | None = None
 
     @property
@@ -101,6 +105,7 @@ class VoiceDataModule(LightningDataModule):
         return VoiceReadingConfig(
             sample_rate=self.sample_rate,
             code_rate=self.code_rate,
+            codebook_size=self.codebook_size,
             rows=self.rows,
             segment_codes=self.segment_codes,
             max_seconds=self.max_seconds,

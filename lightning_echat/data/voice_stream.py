@@ -39,6 +39,7 @@ class VoiceReadingConfig:
     Attributes:
         sample_rate: Hz of the waveforms.
         code_rate: Codes a second.
+        codebook_size: Codes that are known; None for any.
         rows: Utterances of a batch.
         segment_codes: Length of the stretch that is cut out of each at random; None takes it whole.
         max_seconds: Longer utterances are skipped and counted.
@@ -51,6 +52,7 @@ class VoiceReadingConfig:
 
     sample_rate: int
     code_rate: float = 25.0
+    codebook_size: int | None = None
     rows: int = 16
     segment_codes: int | None = None
     max_seconds: float = 20.0
@@ -183,6 +185,11 @@ class VoiceStream(IterableDataset[VoiceBatch]):
         codes, audio = parsed.sample.turns[number].speech_codes, parsed.audio[number]
         if codes is None or audio is None or not len(codes):
             raise SampleRejected("reply without codes" if audio is not None else "reply without audio")
+        if self.config.codebook_size is not None and int(codes.max()) >= self.config.codebook_size:
+            raise UserError(
+                f"{parsed.sample.shard} {parsed.sample.key} holds speech code {int(codes.max())}, and the model knows "
+                f"{self.config.codebook_size}; give the codebook_size that the shards were tokenized with"
+            )
         waveform = decode_waveform(audio, max_seconds=self.config.max_seconds, sample_rate=self.config.sample_rate)
         if abs(len(waveform) / self.config.samples_per_code - len(codes)) > _MAX_DIFFERENCE:
             raise SampleRejected("codes and audio differ in length", f"{len(codes)} codes, {len(waveform)} samples")

@@ -130,23 +130,16 @@ class FlowStage(_VoiceStage):
         self.flow: FlowMatching | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another rate."""
+        """Refuse data of another rate, and have it refuse codes that there is no embedding for."""
         self._check_rate(self.config.mel)
+        if hasattr(data := getattr(self.trainer, "datamodule", None), "codebook_size"):
+            cast(Any, data).codebook_size = self.config.codebook_size
 
     def configure_model(self) -> None:
         """Build the network; Lightning may call this more than once."""
         if self.flow is None:
             self.flow = FlowMatching(self.config)
             self._take_from(self.flow, "flow")
-
-    def on_before_batch_transfer(self, batch: VoiceBatch, dataloader_idx: int) -> VoiceBatch:
-        """Refuse codes that the flow has no embedding for."""
-        if batch.codes.numel() and int(batch.codes.max()) >= self.config.codebook_size:
-            raise UserError(
-                f"the data holds speech code {int(batch.codes.max())}, and model.init_args.flow.codebook_size is "
-                f"{self.config.codebook_size}; give the size of the codebook that the shards were tokenized with"
-            )
-        return batch
 
     def training_step(self, batch: VoiceBatch, batch_idx: int) -> Tensor:
         """The error summed over this rank, divided such that DDP's mean over ranks is one over all mel values."""

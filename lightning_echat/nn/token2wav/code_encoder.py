@@ -47,19 +47,22 @@ class CodeEncoder(nn.Module):
         self.projection = nn.Linear(config.width, bins)
         self.stretched = _Convolutions(bins, layers=config.stretched_layers)
 
-    def forward(self, codes: Tensor, code_lengths: Tensor, frame_lengths: Tensor) -> Tensor:
+    def forward(
+        self, codes: Tensor, code_lengths: Tensor, frame_lengths: Tensor, *, frames: int | None = None
+    ) -> Tensor:
         """One vector a frame.
 
         Args:
             codes: [B, n] int64, anything valid after the end.
             code_lengths: [B] int64.
             frame_lengths: [B] int64 mel frames that each row is stretched to.
+            frames: F, where it is not the largest of these.
 
         Returns:
-            [B, F, bins], F the largest of the lengths; what stands after a row's end means nothing.
+            [B, F, bins]; what stands after a row's end means nothing.
         """
         encoded = self._encode(codes, code_lengths)
-        return self._after(_stretch(encoded, code_lengths, frame_lengths))
+        return self._after(_stretch(encoded, code_lengths, frame_lengths, frames=frames))
 
     def of_parts(self, codes: Tensor, *, parts: list[tuple[int, int]], rest: int) -> Tensor:
         """The same for one row whose beginning falls into parts that are stretched apart.
@@ -157,22 +160,22 @@ def _by_key(by_distance: Tensor) -> Tensor:
     return shifted[..., :queries]
 
 
-def _stretch(x: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+def _stretch(x: Tensor, lengths: Tensor, targets: Tensor, *, frames: int | None = None) -> Tensor:
     """Each row from its length to its target by linear interpolation: [B, n, D] -> [B, F, D], 0 after the end.
 
     Every frame reads from its own row's valid part alone, so a row comes out the same in any batch.
     """
-    frames = torch.arange(int(targets.max()), device=x.device)
+    number = torch.arange(int(targets.max()) if frames is None else frames, device=x.device)
     ratio = lengths / targets.clamp_min(1)
     last = (lengths - 1).clamp_min(0)
-    place = ((frames + 0.5) * ratio[:, None] - 0.5).clamp_min(0.0)
+    place = ((number + 0.5) * ratio[:, None] - 0.5).clamp_min(0.0)
     place = torch.minimum(place, last[:, None].to(place.dtype))
     left = place.long()
     right = torch.minimum(left + 1, last[:, None])
     share = (place - left)[..., None].to(x.dtype)
     index = left[..., None].expand(-1, -1, x.shape[-1]), right[..., None].expand(-1, -1, x.shape[-1])
     stretched = x.gather(1, index[0]) * (1 - share) + x.gather(1, index[1]) * share
-    return stretched * (frames < targets[:, None])[..., None]
+    return stretched * (number < targets[:, None])[..., None]
 
 
 class _Convolutions(nn.Module):

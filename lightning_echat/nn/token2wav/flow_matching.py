@@ -130,7 +130,7 @@ class FlowMatching(nn.Module):
         """
         target = (mels - self.config.mel_mean) / self.config.mel_scale
         valid = torch.arange(mels.shape[1], device=mels.device) < mel_lengths[:, None]
-        encoded = self.encoder(codes, code_lengths, mel_lengths)
+        encoded = self.encoder(codes, code_lengths, mel_lengths, frames=mels.shape[1])
         rows = mels.shape[0]
 
         def draw() -> Tensor:

@@ -94,6 +94,13 @@ def test_what_cannot_be_used_is_counted_by_reason(tmp_path: Path) -> None:
     }
 
 
+def test_a_code_that_the_model_does_not_know_ends_the_run_and_names_its_place(shards: list[str]) -> None:
+    config = VoiceReadingConfig(sample_rate=16_000, codebook_size=800)
+    stream = VoiceStream(config, shards=shards, training=False)
+    with pytest.raises(UserError, match="dialogue-008 holds speech code 827, and the model knows 800"):
+        list(VoiceLoader(stream, num_workers=0))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_shards_without_codes_end_in_one_line(tmp_path: Path, training: bool) -> None:
     without = reply(1)

@@ -48,11 +48,10 @@ def vocoder_stage(**options: Any) -> VocoderStage:
     return VocoderStage(vocoder=config, discriminators=judges, **{**defaults, **options})
 
 
-def batch(number: int, rows: int = 2, *, code: int | None = None) -> VoiceBatch:
+def batch(number: int, rows: int = 2) -> VoiceBatch:
     """Codes that are tones."""
     generator = torch.Generator().manual_seed(number)
     codes = torch.randint(8, (rows, 10), generator=generator)
-    codes = codes if code is None else torch.full_like(codes, code)
     pitch = 200.0 + 300.0 * codes.repeat_interleave(640, dim=1)
     waveforms = 0.3 * torch.sin((2 * torch.pi * pitch / 16_000).cumsum(1))
     return VoiceBatch(
@@ -72,6 +71,7 @@ class Voices(LightningDataModule):
     def __init__(self, steps: int, *, broken: int | None = None) -> None:
         super().__init__()
         self.steps, self.broken = steps, broken
+        self.codebook_size: int | None = None
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -133,8 +133,12 @@ def test_what_does_not_agree_is_refused(tmp_path: Path) -> None:
     data.sample_rate = 22_050
     with pytest.raises(UserError, match="22050 and the mel's 16000"):
         fit(flow_stage(), tmp_path, data)
-    with pytest.raises(UserError, match="speech code 9"):
-        flow_stage().on_before_batch_transfer(batch(0, code=9), 0)
+
+
+def test_the_data_is_told_how_many_codes_the_flow_knows(tmp_path: Path) -> None:
+    data = Voices(1)
+    fit(flow_stage(), tmp_path, data)
+    assert data.codebook_size == 8
 
 
 def test_flow_and_vocoder_of_two_runs_become_a_voice_and_start_the_next_run(tmp_path: Path) -> None:
