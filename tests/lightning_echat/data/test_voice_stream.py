@@ -13,7 +13,7 @@ CODES = 20
 def reply(number: int, *, codes: int = CODES, samples: int | None = None) -> DialogueSample:
     """The waveform says at every sample which code it belongs to."""
     code = torch.arange(codes)
-    waveform = code.repeat_interleave(640) / 100
+    waveform = code.repeat_interleave(640) % 100 / 100
     waveform = waveform if samples is None else torch.zeros(samples)
     turns = [
         Turn(role="user", text="hello"),

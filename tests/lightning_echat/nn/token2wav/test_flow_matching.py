@@ -72,8 +72,8 @@ def test_a_flow_learns_which_mel_a_code_stands_for() -> None:
     codes = torch.tensor([0, 0, 0, 3, 3, 3])
     made = flow.eval().generate(codes, SamplingConfig(steps=8, guidance=0.0))
     assert made.shape == (24, 8)
-    assert (made[2:8] < -0.5).float().mean() > 0.9
-    assert (made[-8:-2] > 0.5).float().mean() > 0.9
+    assert made[2:8].mean() < -0.9
+    assert made[-8:-2].mean() > 0.9
 
 
 def test_the_seed_decides_the_noise_and_nothing_else_does() -> None:
