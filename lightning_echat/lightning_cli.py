@@ -118,7 +118,11 @@ def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
 
 def _quiet() -> None:
     """Silence what a user of ours can neither change nor use: remarks of libraries about each other."""
-    for remark in (r".*isinstance\(treespec, LeafSpec\)", r".*is set, but there is no last checkpoint available"):
+    for remark in (
+        r".*isinstance\(treespec, LeafSpec\)",
+        r".*is set, but there is no last checkpoint available",
+        r"LightningCLI's args parameter is intended",
+    ):
         warnings.filterwarnings("ignore", message=remark)
     # "GPU available: False", tips for a vendor's logger.
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -127,8 +131,39 @@ def _quiet() -> None:
 
 def run_lightning(args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`."""
+    _command_line(EChatCLI, args)
+
+
+class _ParsesOnly(EChatCLI):
+    """Stops once the arguments are parsed: nothing is seeded, built or run."""
+
+    def _set_seed(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def resolve_lightning(args: list[str]) -> dict[str, Any]:
+    """Parse a command of `run_lightning` without running it; all its settings, defaults included, as plain values.
+
+    Raises:
+        SetupError: It is wrong.
+    """
+    parsed = _command_line(_ParsesOnly, args)
+    subcommand = str(parsed.subcommand)
+    text = parsed._parser(subcommand).dump(parsed.config[subcommand], skip_unset=False)
+    settings = yaml.safe_load(text)
+    # The names of the files say nothing that their contents have not said.
+    settings.pop("config", None)
+    return settings
+
+
+def _command_line(kind: type[EChatCLI], args: list[str]) -> EChatCLI:
     _quiet()
-    EChatCLI(
+    return kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
