@@ -92,6 +92,11 @@ COMMANDS: dict[str, Command] = {
     "convert consolidate": Command(
         "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
     ),
+    "convert token2wav": Command(
+        "join a trained flow and vocoder into a folder that speaks",
+        "lightning_echat.checkpoints.token2wav:token2wav",
+        "flow",
+    ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
     "evaluate score": Command(
@@ -99,6 +104,16 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate compare": Command(
         "compare two runs, paired over common items", "lightning_echat.evaluation.compare:compare", "runs"
+    ),
+    "evaluate speech": Command(
+        "word errors and quality of wav files against their texts",
+        "lightning_echat.evaluation.evaluate_speech:evaluate_speech",
+        "listed",
+    ),
+    "evaluate resynthesis": Command(
+        "what speech codes and token-to-speech lose, heard by a recogniser",
+        "lightning_echat.evaluation.resynthesis:resynthesis",
+        "shards",
     ),
     "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
