@@ -85,6 +85,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
+    "sync": Command("send what was trained offline to W&B", "lightning_echat.tracking.sync:sync", "folder"),
     "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
 }

@@ -165,17 +165,20 @@ class WandbStub:
 
     # Runs
 
-    def _on_Viewer(self, _: Any) -> Any:  # noqa: N802  # operations are the client's names
+    def _on_Viewer(self, _: Any) -> Any:
         viewer = {"id": "u1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
 
-    def _on_ServerFeaturesQuery(self, _: Any) -> Any:  # noqa: N802
+    def _on_ServerFeaturesQuery(self, _: Any) -> Any:
         return {"serverInfo": {"features": []}}
 
-    def _on_OrgFeatureFlags(self, _: Any) -> Any:  # noqa: N802
+    def _on_OrgFeatureFlags(self, _: Any) -> Any:
         return {"organization": {"featureFlags": []}}
 
-    def _on_UpsertBucket(self, given: Any) -> Any:  # noqa: N802
+    def _on_OrganizationCoreWeaveOrganizationID(self, _: Any) -> Any:
+        return {"entity": {"organization": None}}
+
+    def _on_UpsertBucket(self, given: Any) -> Any:
         name = given["name"] or given["id"].partition(":")[2]
         new = name not in self.runs
         run = self.runs.setdefault(name, Run(name=name, project=given.get("project") or "uncategorized"))
@@ -194,7 +197,7 @@ class WandbStub:
         }
         return {"upsertBucket": {"bucket": {"description": None, **bucket}, "inserted": new}}
 
-    def _on_RunResumeStatus(self, given: Any) -> Any:  # noqa: N802
+    def _on_RunResumeStatus(self, given: Any) -> Any:
         run = self.runs.get(given["name"])
         bucket = None
         if run is not None:
@@ -214,7 +217,9 @@ class WandbStub:
                 "notes": "",
                 "wandbConfig": json.dumps({"t": {}}),
             }
-        return {"model": {"id": "p1", "name": given["project"], "entity": {"id": "e1", "name": ENTITY}, "bucket": bucket}}
+        return {
+            "model": {"id": "p1", "name": given["project"], "entity": {"id": "e1", "name": ENTITY}, "bucket": bucket}
+        }
 
     def stream(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
         """Lines of a run's streams, each from an offset on."""
@@ -227,17 +232,17 @@ class WandbStub:
                 known.exit_code = body.get("exitcode")
             return {"stopped": run in self.stop}
 
-    def _on_CreateRunFiles(self, given: Any) -> Any:  # noqa: N802
+    def _on_CreateRunFiles(self, given: Any) -> Any:
         urls = [{"name": f, "uploadUrl": f"{self.url}/files-of/{given['run']}/{f}"} for f in given["files"]]
         return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": urls}}
 
-    def _on_NotifyScriptableRunAlert(self, given: Any) -> Any:  # noqa: N802
+    def _on_NotifyScriptableRunAlert(self, given: Any) -> Any:
         self.alerts.append(given)
         return {"notifyScriptableRunAlert": {"success": True}}
 
     # Artifacts
 
-    def _on_CreateArtifact(self, variables: Any) -> Any:  # noqa: N802
+    def _on_CreateArtifact(self, variables: Any) -> Any:
         given = variables["input"]
         name = (given.get("artifactCollectionNames") or [given.get("artifactCollectionName")])[0]
         artifact = Artifact(
@@ -257,10 +262,10 @@ class WandbStub:
         sequence = {"latestArtifact": {"id": latest.id} if latest else None}
         return {"createArtifact": {"artifact": {"id": artifact.id, "state": "PENDING", "artifactSequence": sequence}}}
 
-    def _on_CreateArtifactManifest(self, given: Any) -> Any:  # noqa: N802
+    def _on_CreateArtifactManifest(self, given: Any) -> Any:
         return {"createArtifactManifest": {"artifactManifest": self._manifest(given["artifactID"], given["name"])}}
 
-    def _on_UpdateArtifactManifest(self, given: Any) -> Any:  # noqa: N802
+    def _on_UpdateArtifactManifest(self, given: Any) -> Any:
         artifact, _, name = given["artifactManifestID"].partition("/")
         return {"updateArtifactManifest": {"artifactManifest": self._manifest(artifact, name)}}
 
@@ -270,7 +275,7 @@ class WandbStub:
             self.artifacts[artifact].manifest_file = key
         return {"id": key, "file": {"id": key, "uploadUrl": f"{self.url}/blobs/{key}", "uploadHeaders": []}}
 
-    def _on_CreateArtifactFiles(self, variables: Any) -> Any:  # noqa: N802
+    def _on_CreateArtifactFiles(self, variables: Any) -> Any:
         nodes = []
         for spec in variables["input"]["artifactFiles"]:
             artifact = self.artifacts[spec["artifactID"]]
@@ -280,7 +285,11 @@ class WandbStub:
             nodes.append({"node": {**node, "uploadMultipartUrls": None, "artifact": {"id": artifact.id}}})
         return {"createArtifactFiles": {"files": {"edges": nodes}}}
 
-    def _on_CommitArtifact(self, given: Any) -> Any:  # noqa: N802
+    def _on_ArtifactType(self, given: Any) -> Any:
+        artifact = self.artifact(given["name"])
+        return {"project": {"artifact": {"artifactType": {"name": artifact.kind}} if artifact else None}}
+
+    def _on_CommitArtifact(self, given: Any) -> Any:
         artifact = self.artifacts[given["artifactID"]]
         versions = [a for a in self.artifacts.values() if a.name == artifact.name and a.version is not None]
         for other in versions:
@@ -289,11 +298,11 @@ class WandbStub:
         artifact.version = len(versions)
         return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
 
-    def _on_ClientIDMapping(self, given: Any) -> Any:  # noqa: N802
+    def _on_ClientIDMapping(self, given: Any) -> Any:
         found = next((a for a in self.artifacts.values() if a.client_id == given["clientID"]), None)
         return {"clientIDMapping": {"serverID": found.id} if found else None}
 
-    def _on_ArtifactMembershipByName(self, given: Any) -> Any:  # noqa: N802
+    def _on_ArtifactMembershipByName(self, given: Any) -> Any:
         artifact = self.artifact(given["name"])
         membership = None
         if artifact is not None:
@@ -310,15 +319,15 @@ class WandbStub:
             }
         return {"project": {"artifactCollectionMembership": membership}}
 
-    def _on_ArtifactByID(self, given: Any) -> Any:  # noqa: N802
+    def _on_ArtifactByID(self, given: Any) -> Any:
         return {"artifact": {**_described(self.artifacts[given["id"]]), "aliases": []}}
 
-    def _on_UseArtifact(self, given: Any) -> Any:  # noqa: N802
+    def _on_UseArtifact(self, given: Any) -> Any:
         given = given.get("input", given)
         self.runs[given["runName"]].used.append(given["artifactID"])
         return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 
-    def _on_FetchArtifactManifest(self, given: Any) -> Any:  # noqa: N802
+    def _on_FetchArtifactManifest(self, given: Any) -> Any:
         url = f"{self.url}/blobs/{self.artifacts[given['id']].manifest_file}"
         return {"artifact": {"currentManifest": {"file": {"directUrl": url}}}}
 
@@ -326,22 +335,22 @@ class WandbStub:
 
     # Sweeps
 
-    def _on_UpsertSweep(self, given: Any) -> Any:  # noqa: N802
+    def _on_UpsertSweep(self, given: Any) -> Any:
         name = given.get("id") or f"sweep{len(self.sweeps) + 1}"
         if given.get("config"):
             self.sweeps[name] = Sweep(name=name, project=given["projectName"], text=given["config"])
         project = {"id": "p1", "name": self.sweeps[name].project, "entity": {"id": "e1", "name": ENTITY}}
         return {"upsertSweep": {"sweep": {"name": name, "project": project}, "configValidationWarnings": []}}
 
-    def _on_SweepWithRuns(self, given: Any) -> Any:  # noqa: N802
+    def _on_SweepWithRuns(self, given: Any) -> Any:
         sweep = self.sweeps[given["sweep"]]
         about = {"id": sweep.name, "name": sweep.name, "state": "RUNNING", "config": sweep.text}
         return {"project": {"sweep": {**about, "runs": {"edges": []}}}}
 
-    def _on_CreateAgent(self, given: Any) -> Any:  # noqa: N802
+    def _on_CreateAgent(self, given: Any) -> Any:
         return {"createAgent": {"agent": {"id": given["sweep"]}}}
 
-    def _on_Heartbeat(self, given: Any) -> Any:  # noqa: N802
+    def _on_Heartbeat(self, given: Any) -> Any:
         """One trial at a time, until `run_cap`; a trial in `stop` is told to end."""
         sweep = self.sweeps[given["id"]]
         running = set(json.loads(given["runState"]))
