@@ -29,6 +29,7 @@ from lightning_echat.command_errors import (
     explain_parse_error,
     nearest,
 )
+from lightning_echat.tracking.defaults import set_wandb_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +167,7 @@ def run(recipe: Path, set: list[str] | None = None, only: str | None = None, fre
 
 
 def _run_lightning(args: list[str]) -> None:
-    os.environ.setdefault("WANDB_MODE", "offline")
-    # Offline runs would still look up the error reporter's host, and keep 15 s of metrics in memory only.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
-    # Errors still show; where the offline run lies is the run's folder, and docs/metrics.md says how to sync it.
-    os.environ.setdefault("WANDB_SILENT", "true")
+    set_wandb_defaults()
     # Lightning's own use of the parser, which no user of ours can change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from lightning_echat.lightning_cli import run_lightning

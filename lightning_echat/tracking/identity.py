@@ -98,7 +98,7 @@ def trial_folder(folder: Path, environment: Mapping[str, str]) -> Path:
 @contextmanager
 def identity_of_this_command() -> Iterator[None]:
     """Take back, at the end of a command, what was set for its run: the next command's is another."""
-    before = {variable: os.environ.get(variable) for variable in _VARIABLES.values()}
+    before = {variable: os.environ.get(variable) for variable in (*_VARIABLES.values(), "WANDB_DATA_DIR")}
     try:
         yield
     finally:

@@ -55,7 +55,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("val/SET/empathy/count", ""),
     Metric("val/SET/empathy/*", "higher"),
     Metric("val/SET/confusion/LABELS", ""),
-    Metric("val/SET/confusion_counts/LABELS", ""),
     Metric("val/SET/dialogues", ""),
     Metric("perf/steps_per_second", "higher"),
     Metric("perf/tokens_per_second", "higher"),

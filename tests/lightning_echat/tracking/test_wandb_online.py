@@ -79,6 +79,6 @@ def test_the_next_stage_declares_the_artifact_of_the_stage_before(trained):
 
 
 def test_the_configuration_that_runs_a_run_again_holds_no_id(trained):
-    stub, folder = trained
+    _, folder = trained
     identity = read_identity(folder / "empathy")
-    assert identity.id not in (folder / "empathy" / "config.yaml").read_text()
+    assert identity is not None and identity.id not in (folder / "empathy" / "config.yaml").read_text()
