@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 import wandb
@@ -72,7 +73,7 @@ class Alerts(Callback):
         self._check_skips(trainer)
         self._check_numbers(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """A validation moves too."""
         if self._watchdog:
             self._watchdog.moved(f"validation at step {trainer.global_step}")
@@ -116,7 +117,7 @@ def _tell(run: Any, title: str, text: str) -> None:
 class _Watchdog:
     """Speaks once when nothing has moved for so many seconds, and again only after something has."""
 
-    def __init__(self, seconds: float, *, tell: Any) -> None:
+    def __init__(self, seconds: float, *, tell: Callable[[str], None]) -> None:
         self._seconds = seconds
         self._tell = tell
         self._last = ("the start", time.monotonic())

@@ -11,6 +11,8 @@ import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_echat.contracts import UserError
+from lightning_echat.nn.weights import latest_checkpoint
 from lightning_echat.tracking.lineage import (
     Lineage,
     StageModel,
@@ -59,19 +61,15 @@ class RunLineage(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what the stage made. Not in `on_train_end`, where the last checkpoint need not be written yet."""
-        if not trainer.is_global_zero or not trainer.checkpoint_callbacks:
-            return
         folder = Path(trainer.default_root_dir)
+        if not trainer.is_global_zero or not _saves(trainer, folder):
+            return
         run = wandb_run(trainer)
-        model = model_of(
-            folder,
-            run_id=run.id if run else "",
-            project=run.project if run else "",
-            step=trainer.global_step,
-        )
+        identity = {"run_id": run.id, "project": run.project} if run else {"run_id": "", "project": ""}
+        model = model_of(folder, step=trainer.global_step, **identity)
         if run:
             log_model(run, model, upload=self.upload)
-        write_lineage(folder, replace(read_lineage(folder), made=model if run else replace(model, artifact="")))
+        write_lineage(folder, replace(read_lineage(folder), made=model))
 
 
 def wandb_run(trainer: Trainer) -> Any:
@@ -80,6 +78,17 @@ def wandb_run(trainer: Trainer) -> Any:
         if isinstance(logger, WandbLogger) and isinstance(logger.experiment, wandb.Run):
             return None if logger.experiment.disabled else logger.experiment
     return None
+
+
+def _saves(trainer: Trainer, folder: Path) -> bool:
+    """Whether this training has left a checkpoint in its folder."""
+    if not trainer.checkpoint_callbacks:
+        return False
+    try:
+        latest_checkpoint(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _declare(run: Any, model: StageModel) -> bool:

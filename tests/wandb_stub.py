@@ -221,6 +221,19 @@ class WandbStub:
             "model": {"id": "p1", "name": given["project"], "entity": {"id": "e1", "name": ENTITY}, "bucket": bucket}
         }
 
+    def _on_Run(self, given: Any) -> Any:
+        """As `wandb.Api` asks; it wants every field that it names."""
+        run = self.runs.get(given["name"])
+        if run is None:
+            return {"project": {"run": None}}
+        empty = ("commit", "description", "notes", "systemMetrics", "historyKeys", "heartbeatAt")
+        config = json.dumps({key: {"value": value} for key, value in run.config.items()})
+        about = {"id": f"run:{run.name}", "projectId": "p1", "name": run.name, "displayName": run.name, "tags": []}
+        about |= {"sweepName": run.given.get("sweep"), "group": run.group, "jobType": run.job_type, "readOnly": False}
+        about |= {"state": "finished", "createdAt": _LONG_AGO, "user": {"name": ENTITY, "username": ENTITY}}
+        about |= {"historyLineCount": len(run.history), "config": config, "summaryMetrics": json.dumps(run.summary)}
+        return {"project": {"run": {**dict.fromkeys(empty), **about}}}
+
     def stream(self, run: str, body: dict[str, Any]) -> dict[str, Any]:
         """Lines of a run's streams, each from an offset on."""
         with self.lock:

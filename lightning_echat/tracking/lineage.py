@@ -77,11 +77,11 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
 
 
 def model_of(folder: Path, *, run_id: str, project: str, step: int) -> StageModel:
-    """Describe the newest checkpoint of a run's folder. Reads it once, about a second a GB."""
+    """Describe the newest checkpoint of a run's folder, which it reads once for the hash."""
     checkpoint = latest_checkpoint(folder).resolve()
     digest, size = _digest(checkpoint)
     return StageModel(
-        artifact=f"model-{run_id}:sha-{digest[:12]}",
+        artifact=f"model-{run_id}:sha-{digest[:12]}" if run_id else "",
         project=project,
         run_id=run_id,
         checkpoint=str(checkpoint),
