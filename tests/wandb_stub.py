@@ -228,7 +228,7 @@ class WandbStub:
             return {"project": {"run": None}}
         empty = ("commit", "description", "notes", "systemMetrics", "historyKeys", "heartbeatAt")
         config = json.dumps({key: {"value": value} for key, value in run.config.items()})
-        about = {"id": f"run:{run.name}", "projectId": "p1", "name": run.name, "displayName": run.name, "tags": []}
+        about = {"id": f"run:{run.name}", "projectId": "1", "name": run.name, "displayName": run.name, "tags": []}
         about |= {"sweepName": run.given.get("sweep"), "group": run.group, "jobType": run.job_type, "readOnly": False}
         about |= {"state": "finished", "createdAt": _LONG_AGO, "user": {"name": ENTITY, "username": ENTITY}}
         about |= {"historyLineCount": len(run.history), "config": config, "summaryMetrics": json.dumps(run.summary)}

@@ -1,6 +1,7 @@
 """Every key that a training logs, and which way is better: what the README lists and W&B's summaries go by.
 
-A key is a pattern: SET stands for a validation set, LABELS for a label set, and a `*` at the end for anything.
+A key is a pattern: SET stands for a validation set, the other capitals for the names in `STANDS_FOR`, and a `*` at the
+end for anything.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Literal
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 Better = Literal["higher", "lower", ""]
+
+STANDS_FOR: dict[str, tuple[str, ...]] = {
+    "LABELS": tuple(LABEL_SETS),
+    "PART": ("text", "speech", "ctc", "text_ctc", "labels"),
+    "CATEGORY": ("emotion", "age", "gender", "event", "multi", "mean"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +36,22 @@ class Metric:
 
     def matches(self, key: str) -> bool:
         """Whether a logged key is one of this row."""
-        pattern = re.escape(self.key).replace("SET", "[^/]+").replace("LABELS", f"({'|'.join(LABEL_SETS)})")
-        return re.fullmatch(pattern.replace(r"\*", ".+"), key) is not None
+        pattern = re.escape(self.key).replace("SET", "[^/]+").replace(r"\*", ".+")
+        for place, names in STANDS_FOR.items():
+            pattern = pattern.replace(place, f"({'|'.join(names)})")
+        return re.fullmatch(pattern, key) is not None
 
     def expanded(self, sets: Sequence[str]) -> Iterator[str]:
         """The keys of a training with these validation sets; a `*` at the end stays."""
-        for name in sets if "SET" in self.key else [""]:
-            for labels in LABEL_SETS if "LABELS" in self.key else [""]:
-                yield self.key.replace("SET", name).replace("LABELS", labels)
+        keys = [self.key]
+        for place, names in {"SET": sets, **STANDS_FOR}.items():
+            keys = [key.replace(place, name) for key in keys for name in (names if place in key else [""])]
+        yield from keys
 
 
 METRICS: tuple[Metric, ...] = (
     Metric("train/loss", "lower"),
-    Metric("train/loss/*", "lower"),
+    Metric("train/loss/PART", "lower"),
     Metric("train/ctc_share", "higher"),
     Metric("train/text_ctc_share", "higher"),
     Metric("lr-*", ""),
@@ -53,7 +63,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("val/SET/wer", "lower"),
     Metric("val/SET/think_parse_rate", "higher"),
     Metric("val/SET/empathy/count", ""),
-    Metric("val/SET/empathy/*", "higher"),
+    Metric("val/SET/empathy/CATEGORY", "higher"),
     Metric("val/SET/confusion/LABELS", ""),
     Metric("val/SET/dialogues", ""),
     Metric("perf/steps_per_second", "higher"),
@@ -87,7 +97,8 @@ def metric_of(key: str) -> Metric | None:
 def best_values(sets: Sequence[str]) -> dict[str, Literal["min", "max"]]:
     """Key -> what W&B shall keep of it, for the scalars of a training's quality.
 
-    Speed and counts are left out: their last value is the one that counts. So is what W&B's patterns cannot express.
+    Speed and counts are left out: their last value is the one that counts. Every key is spelled out, as W&B keeps no
+    best value of what a pattern matches.
     """
     quality = [m for m in METRICS if m.better and m.key.startswith(("train/", "val/"))]
     return {key: "min" if metric.better == "lower" else "max" for metric in quality for key in metric.expanded(sets)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import wandb
@@ -32,20 +34,30 @@ def sync(folder: Path) -> None:
     # What trains offline by default must not keep this command from W&B.
     environment = {**os.environ, "WANDB_MODE": "online"}
     new = [piece for piece in pieces if not _marker(piece).exists()]
-    for number, piece in enumerate(new, start=1):
-        _say(f"{number}/{len(new)}  {piece.parent}")
-        _send(piece, environment)
+    for pieces_of_runs in _rounds(new):
+        for piece in pieces_of_runs:
+            _say(f"sending {piece.parent}")
+        _send(pieces_of_runs, environment)
     declared = sum(_declare(stage) for stage in stages)
     _say(f"{len(new)} sent, {len(pieces) - len(new)} were there already; {declared} inputs of stages declared")
 
 
-def _send(piece: Path, environment: dict[str, str]) -> None:
-    """Send one piece with W&B's own command, whose exit code says little: its marker says that it is done."""
-    words = [sys.executable, "-m", "wandb", "sync", str(piece.parent)]
+def _rounds(pieces: list[Path]) -> list[list[Path]]:
+    """Pieces that may be sent at once: no two of one run, whose order is the order of its history."""
+    runs: dict[str, list[Path]] = defaultdict(list)
+    for piece in pieces:
+        runs[piece.name].append(piece)
+    return [[piece for piece in each if piece] for each in zip_longest(*runs.values())]
+
+
+def _send(pieces: list[Path], environment: dict[str, str]) -> None:
+    """Send pieces with W&B's own command, whose exit code says little: its marker says that one is there."""
+    words = [sys.executable, "-m", "wandb", "sync", *(str(piece.parent) for piece in pieces)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if not _marker(piece).exists():
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise UserError(f"{piece.parent} was not sent: {said[-1] if said else f'exit code {done.returncode}'}")
+    for piece in pieces:
+        if not _marker(piece).exists():
+            said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            raise UserError(f"{piece.parent} was not sent: {said[-1] if said else f'exit code {done.returncode}'}")
 
 
 def _marker(piece: Path) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lightning_echat.tracking.metric_table import METRICS, best_values, metric_of
+from lightning_echat.evaluation.items import CATEGORIES
+from lightning_echat.tracking.metric_table import METRICS, STANDS_FOR, best_values, metric_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,9 +32,13 @@ def test_a_key_finds_its_row():
     assert metric_of("val/a/b/wer") is None
 
 
+def test_the_categories_are_those_of_the_benchmark():
+    assert STANDS_FOR["CATEGORY"] == (*CATEGORIES, "mean")
+
+
 def test_the_best_value_is_the_least_or_the_greatest():
     best = best_values(["talk"])
     assert best["train/loss"] == best["val/talk/wer"] == "min"
-    assert best["val/talk/macro_f1/age"] == best["val/talk/empathy/*"] == "max"
+    assert best["val/talk/macro_f1/age"] == best["val/talk/empathy/mean"] == "max"
     # What nobody wants less or more of, and speed, whose last value counts.
     assert not [key for key in best if key.startswith(("perf", "data")) or "majority" in key or "count" in key]
