@@ -156,6 +156,8 @@ def _told_how_it_ended() -> Iterator[None]:
         if wandb.run is not None:
             wandb.run.summary["ended"] = how
             wandb.finish(exit_code=code)
+            # Its service goes on writing after that, and keeps this command's settings for the next.
+            wandb.teardown()
 
 
 def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
