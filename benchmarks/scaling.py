@@ -225,9 +225,12 @@ def paper() -> str:
     return "\n".join(lines)
 
 
+PARTS = ("parameters", "gradients", "optimizer", "step")
+
+
 def check(row_length: int) -> str:
-    """Predicted and measured, one line a case."""
-    lines = ["case                          static MB: predicted measured ratio   peak MB: predicted measured ratio"]
+    """Predicted and measured megabytes of each part, one line a case."""
+    lines = [f"{'MB: predicted, measured, ratio':28}" + "".join(f"{part:>26}" for part in PARTS)]
     for processes, strategy, recompute in (
         (1, "single", False),
         (1, "single", True),
@@ -239,17 +242,20 @@ def check(row_length: int) -> str:
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             words += ["-m", "benchmarks.scaling", "--measure", str(out), "--strategy", strategy]
             words += ["--row_length", str(row_length), *(["--recompute"] if recompute else [])]
-            subprocess.run(words, check=True, capture_output=True)
+            run = subprocess.run(words, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise SystemExit(f"{' '.join(words)} failed:\n{run.stderr[-2000:]}")
             measured = json.loads(out.read_text())
         net = network(SIZES["small"], compute=torch.float32)
         load = Load(positions=measured["positions"], heard=measured["heard"], recompute=recompute)
         spread = Spread(name=strategy, shards=processes, replicas=1, whole=strategy == "single")
         need = memory(net, load, spread, compute=torch.float32)
-        # Gradients do not exist between steps.
-        static = need.static * 12 / 16
-        figures = [(static, measured["static"]), (need.peak, measured["peak"])]
-        shown = "   ".join(f"{p / 1e6:20.1f} {m / 1e6:8.1f} {m / p:5.2f}" for p, m in figures)
-        lines.append(f"{processes} x {strategy:6} {'recomputed' if recompute else 'kept':10}  {shown}")
+        quarter = need.static / 4
+        # Gradients come as activations go, so a step's fullest moment does not hold all of them.
+        predicted = (quarter, quarter, 2 * quarter, need.peak - need.static)
+        pairs = zip(predicted, (measured[part] for part in PARTS), strict=True)
+        shown = "".join(f"{p / 1e6:12.1f} {m / 1e6:8.1f} {m / p:4.2f}" for p, m in pairs)
+        lines.append(f"{f'{processes} x {strategy}':12} {'recomputed' if recompute else 'kept':15}{shown}")
     return "\n".join(lines)
 
 
@@ -259,8 +265,8 @@ def _measure(out: Path, *, strategy: str, recompute: bool, row_length: int) -> N
     cost = measure(SIZES["small"], compute="float32", gpu=False, **plan)
     if int(os.environ.get("RANK", "0")) == 0:
         heard = cost.frames / FRAMES_PER_ID / cost.positions
-        figures = {"static": cost.static_bytes, "peak": max(cost.peak_bytes.values())}
-        out.write_text(json.dumps({**figures, "positions": cost.positions, "heard": heard}))
+        step = max(cost.peak_bytes.values()) - cost.static_bytes
+        out.write_text(json.dumps({**cost.held_bytes, "step": step, "positions": cost.positions, "heard": heard}))
 
 
 def main() -> None:

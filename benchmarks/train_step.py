@@ -34,7 +34,8 @@ from benchmarks.networks import SIZES, Size, network_of, tokens_of
 from callbacks.token_throughput import peak_flops
 from lightning_echat.contracts import PackedBatch
 from lightning_echat.data.batching import pack_rows
-from lightning_echat.parallel import ShardedStrategy, local
+from lightning_echat.nn.deferred_init import local
+from lightning_echat.parallel import ShardedStrategy
 from lightning_echat.stages.base import EChatStage
 from lightning_echat.stages.empathy import EmpathyStage
 from lightning_echat.testing import dummy_tokenized
@@ -52,7 +53,8 @@ class StepCost:
     Attributes:
         seconds: Of each phase and of waiting for data, a step.
         tokens, supervised: Ids a step that are not padding, and those that are learned.
-        static_bytes: Parameters, gradients and optimizer state that this rank holds between steps.
+        held_bytes: Of parameters, gradients and optimizer state that this rank holds, when a step is over.
+        static_bytes: Of what it holds between steps: gradients are given up.
         peak_bytes: Of each phase, static included.
         communication: Seconds in collective calls, a step; they may overlap with computing.
         flops: Floating-point operations of a step.
@@ -64,6 +66,7 @@ class StepCost:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: float = 0.0
     supervised: float = 0.0
+    held_bytes: dict[str, int] = field(default_factory=dict)
     static_bytes: int = 0
     peak_bytes: dict[str, int] = field(default_factory=dict)
     communication: float = 0.0
@@ -91,7 +94,11 @@ class MeasureSteps(Callback):
             self._flops = FlopCounterMode(display=False)
             self._flops.__enter__()
         if batch_idx == self.steps - 1:
-            self.cost.static_bytes = static_bytes(pl_module, trainer)
+            self.cost.held_bytes = held_bytes(pl_module, trainer)
+            self.cost.static_bytes = sum(self.cost.held_bytes.values()) - self.cost.held_bytes["gradients"]
+            # The profiler does not see what it has not seen allocated being freed.
+            for optimizer in trainer.optimizers:
+                optimizer.zero_grad()
             self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profiler.__enter__()
             self._last = time.perf_counter()
@@ -169,12 +176,22 @@ class MeasureSteps(Callback):
             self.cost.peak_bytes = peaks
 
 
-def static_bytes(stage: LightningModule, trainer: Trainer) -> int:
-    """Parameters, buffers, gradients and optimizer state on this rank."""
-    tensors = [*stage.parameters(), *(p.grad for p in stage.parameters() if p.grad is not None), *stage.buffers()]
-    for optimizer in trainer.optimizers:
-        tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return sum(local(t).numel() * t.element_size() for t in tensors)
+def held_bytes(stage: LightningModule, trainer: Trainer) -> dict[str, int]:
+    """Of parameters (buffers included), gradients and optimizer state on this rank."""
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    held = {
+        "parameters": [*stage.parameters(), *stage.buffers()],
+        "gradients": [p.grad for p in stage.parameters() if p.grad is not None],
+        "optimizer": [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)],
+    }
+    return {name: sum(local(t).numel() * t.element_size() for t in tensors) for name, tensors in held.items()}
+
+
+def strategy_of(name: str, *, compute: str) -> Any:
+    """Lightning's or our own."""
+    if name == "ddp":
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return ShardedStrategy(compute=compute) if name == "fsdp" else "auto"  # type: ignore[arg-type]
 
 
 def measure(
@@ -190,17 +207,12 @@ def measure(
             network=network_of(size, recompute=recompute),
             optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True),
         )
-        spread: Any = {
-            "single": lambda: "auto",
-            "ddp": lambda: DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
-            "fsdp": lambda: ShardedStrategy(compute=compute),  # type: ignore[arg-type]
-        }[strategy]()
         counting = MeasureSteps(steps)
         trainer = Trainer(
             accelerator="gpu" if gpu else "cpu",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
-            strategy=spread,
+            strategy=strategy_of(strategy, compute=compute),
             precision="bf16-mixed" if compute == "bfloat16" and strategy != "fsdp" else "32-true",
             max_steps=steps,
             gradient_clip_val=1.0,

@@ -56,6 +56,11 @@ class BatchTally:
         )
         self._sums = counted if self._sums is None else self._sums + counted
 
+    def merge(self, other: BatchTally) -> None:
+        """Add what another has counted."""
+        if other._sums is not None:
+            self._sums = other._sums if self._sums is None else self._sums + other._sums
+
     def tensor(self, device: torch.device) -> Tensor:
         """[4] int64 sums, to be added up over ranks."""
         return torch.zeros(4, dtype=torch.int64, device=device) if self._sums is None else self._sums.to(device)

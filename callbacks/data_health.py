@@ -44,6 +44,9 @@ class DataHealth(Callback):
     `epochs`, `padding_share` of all `positions`, `batches`, and `complete`, false after a failure, when other ranks can
     no longer be asked for what they read since the last exchange.
 
+    Batches count once their optimizer step is done, as the position of the data does: an accumulation window that was
+    broken off comes again whole, and is counted then.
+
     Args:
         every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.
     """
@@ -56,19 +59,28 @@ class DataHealth(Callback):
         self._totals: Counter[str] = Counter()
         self._pending: Counter[str] = Counter()
         self._tally = BatchTally()
+        # Of an accumulation window that has not ended in a step yet.
+        self._open: Counter[str] = Counter()
+        self._open_tally = BatchTally()
+        self._steps = 0
         self._exchanged_at = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count windows from where training starts or goes on."""
-        self._exchanged_at = trainer.global_step
+        self._exchanged_at = self._steps = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Add the batch's counts; exchange and log them at the end of a window."""
-        self._pending.update(batch.health)
-        self._pending[_BATCHES] += 1
-        self._tally.add(batch)
+        self._open.update(batch.health)
+        self._open[_BATCHES] += 1
+        self._open_tally.add(batch)
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            self._pending.update(self._open)
+            self._tally.merge(self._open_tally)
+            self._open, self._open_tally = Counter(), BatchTally()
         if trainer.global_step - self._exchanged_at >= self.every_n_steps:
             self._exchange(trainer)
             self._log(trainer)
@@ -101,6 +113,7 @@ class DataHealth(Callback):
         self._totals = Counter(state_dict["totals"])
 
     def _own(self) -> Counter[str]:
+        """What this rank has counted and not exchanged, without an open window."""
         sums = self._tally.read()
         return self._pending + Counter({_TOKENS: sums.tokens, _POSITIONS: sums.positions})
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # pyright: ignore[reportPrivateImportUsage]
 
 from lightning_echat import __version__
@@ -87,8 +88,12 @@ COMMANDS: dict[str, Command] = {
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
     "sync": Command("send what was trained offline to W&B", "lightning_echat.tracking.sync:sync", "folder"),
-    "report": Command("write one HTML page of a run", "lightning_echat.evaluation.report_page:report", "run"),
+    "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
+    "ablate": Command(
+        "run a study: variants of an experiment, compared over seeds", "lightning_echat.cli:ablate", "study"
+    ),
+    "sweep": Command("run a W&B sweep file here, with no account", "lightning_echat.cli:sweep", "file"),
 }
 _LIGHTNING_COMMANDS = tuple(name for name, command in COMMANDS.items() if not command.function)
 
@@ -128,14 +133,11 @@ def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "help"):
         _say(_overview())
         return
-    name = next((" ".join(args[:words]) for words in (2, 1) if " ".join(args[:words]) in COMMANDS), None)
-    if name is None:
-        group = [command for command in COMMANDS if command.startswith(f"{args[0]} ")]
-        if group and (len(args) == 1 or args[1] in ("-h", "--help")):
-            _say(_overview(group))
-            return
-        words = args[:2] if group else args[:1]
-        raise SetupError(f"unknown command {' '.join(words)!r}{nearest(' '.join(words), COMMANDS)} (echat --help)")
+    group = [command for command in COMMANDS if command.startswith(f"{args[0]} ")]
+    if group and (len(args) == 1 or args[1] in ("-h", "--help")):
+        _say(_overview(group))
+        return
+    name = _command_of(args)
     # A checkout's own classes, and a user's, are named by path in YAML; a console script does not see its folder.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -143,6 +145,15 @@ def _dispatch(args: list[str]) -> None:
         _run_lightning(args)
     else:
         _run_function(name, args[len(name.split()) :])
+
+
+def _command_of(args: list[str]) -> str:
+    """The command that `args` begins with."""
+    name = next((" ".join(args[:words]) for words in (2, 1) if " ".join(args[:words]) in COMMANDS), None)
+    if name is None:
+        words = args[:2] if any(command.startswith(f"{args[0]} ") for command in COMMANDS) else args[:1]
+        raise SetupError(f"unknown command {' '.join(words)!r}{nearest(' '.join(words), COMMANDS)} (echat --help)")
+    return name
 
 
 def _overview(names: list[str] | None = None) -> str:
@@ -161,22 +172,137 @@ def run(recipe: Path, set: list[str] | None = None, only: str | None = None, fre
         only: Run this step alone.
         fresh: Run steps again although nothing changed.
     """
-    from lightning_echat.recipe import run_recipe
+    from lightning_echat.recipes.run_recipe import run_recipe
 
     run_recipe(recipe, run_command=main, overrides=set or [], only=only, fresh=fresh)
 
 
+def report(run: Path, out: Path | None = None) -> None:
+    """Make one self-contained HTML page of a run, a study or a sweep.
+
+    Args:
+        run: The folder that make quickstart, training, echat evaluate, echat ablate or echat sweep wrote.
+        out: Where the page goes; report.html in the folder when not given.
+    """
+    from lightning_echat.evaluation.report_page import report as report_run
+    from lightning_echat.studies.page import is_study_or_sweep, write_page
+
+    _say(str(write_page(run, out=out) if is_study_or_sweep(run) else report_run(run, out=out)))
+
+
+def ablate(
+    study: Path,
+    set: list[str] | None = None,
+    seeds: list[int] | None = None,
+    parallel: int = 1,
+    threads: int = 1,
+    only: str | None = None,
+    slurm: Path | None = None,
+) -> None:
+    """Train every variant of a study with every seed, stages that variants share once, and compare them in a table.
+
+    Args:
+        study: YAML file with the base experiment and the variants.
+        set: KEY=VALUE, a variable of the study; may be given several times.
+        seeds: Instead of the file's; may be given several times.
+        parallel: How many stages are trained at a time, each in a process of its own.
+        threads: Of each of them.
+        only: Run this step alone, or make the "table" of what is there, whatever code has made it.
+        slurm: Folder that takes SLURM jobs which do the same; nothing is run then.
+    """
+    from lightning_echat.studies.ablate import ablate as run_study
+
+    run_study(
+        study,
+        run_command=main,
+        resolve=resolve,
+        overrides=set or [],
+        seeds=seeds or [],
+        parallel=parallel,
+        threads=threads,
+        only=only,
+        slurm=slurm,
+    )
+
+
+def sweep(
+    file: Path,
+    trials: int | None = None,
+    parallel: int = 1,
+    threads: int = 1,
+    out: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Run an ordinary W&B sweep file on this machine with W&B's own search engine, and no account.
+
+    Args:
+        file: The sweep file, which `wandb sweep` takes as well.
+        trials: How many; the file's run_cap where not given, or all of a grid.
+        parallel: How many trials are trained at a time.
+        threads: Of each of them.
+        out: Folder of the sweep; runs/sweeps/NAME where not given.
+        seed: Of the search.
+    """
+    from lightning_echat.studies.sweep import sweep as run_sweep
+
+    run_sweep(
+        file,
+        run_command=main,
+        resolve=resolve,
+        trials=trials,
+        parallel=parallel,
+        threads=threads,
+        out=out,
+        seed=seed,
+    )
+
+
+def resolve(args: list[str]) -> Any:
+    """Parse an `echat` command without running it.
+
+    Args:
+        args: What would follow `echat`.
+
+    Returns:
+        All its settings, defaults included, as plain values.
+
+    Raises:
+        SetupError: It is wrong.
+    """
+    name = _command_of(args)
+    if name in _LIGHTNING_COMMANDS:
+        _prepare_lightning()
+        from lightning_echat.lightning_cli import resolve_lightning
+
+        return resolve_lightning(args)
+    parser, values = _parse_function(name, args[len(name.split()) :])
+    return yaml.safe_load(parser.dump(values, skip_validation=True))
+
+
 def _run_lightning(args: list[str]) -> None:
-    set_wandb_defaults()
-    # Lightning's own use of the parser, which no user of ours can change.
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    _prepare_lightning()
     from lightning_echat.lightning_cli import run_lightning
 
     run_lightning(args)
 
 
+def _prepare_lightning() -> None:
+    """Set what the libraries read when they are imported."""
+    set_wandb_defaults()
+    # Lightning's own use of the parser, which no user of ours can change.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
 def _run_function(name: str, args: list[str]) -> None:
     """Parse the arguments of a plain function by its signature, and call it."""
+    parser, values = _parse_function(name, args)
+    arguments = dict(parser.instantiate(values).items())
+    arguments.pop("config", None)
+    _load(COMMANDS[name].function)(**arguments)
+
+
+def _parse_function(name: str, args: list[str]) -> tuple[ArgumentParser, Any]:
+    """A parser by the signature of a plain function, and what it makes of the arguments."""
     function = _load(COMMANDS[name].function)
     files = check_config_files(args)
     parser = _CommandParser(prog=f"echat {name}", description=COMMANDS[name].summary)
@@ -187,9 +313,7 @@ def _run_function(name: str, args: list[str]) -> None:
     except ParseProblem as problem:
         known = parser.get_defaults().keys()
         raise SetupError(explain_parse_error(str(problem), known_keys=known, files=files)) from problem
-    arguments = dict(parser.instantiate(values).items())
-    arguments.pop("config", None)
-    function(**arguments)
+    return parser, values
 
 
 def _load(target: str) -> Callable[..., None]:
@@ -252,3 +376,7 @@ def _rank() -> int:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

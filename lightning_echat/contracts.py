@@ -91,7 +91,8 @@ class AudioClip:
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
         transcript_ids: [n] int64 text ids of the transcript, empty where unknown.
-        waveform: [samples] int32, the bits of what `data.log_mel.extend` gives; only where mels are left to the device.
+        waveform: [samples] int16, what `data.log_mel.extend` gives of 16-bit audio, or int32, the bits of its floats;
+            only where mels are left to the device.
         alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
 
@@ -176,7 +177,8 @@ class PackedBatch:
         clip_transcript_ids: [C, ids] int64 text ids of the transcripts, zero-padded.
         clip_transcript_lengths: [C] int64.
         references: One per dialogue, in row and then reading order.
-        waveforms: [C, S] int32, the clips' samples where mels are made on the accelerator; None once they are made.
+        waveforms: [C, S], the clips' samples where mels are made on the accelerator, int16 if all of them are, else the
+            bits of floats as int32; None once they are made.
         alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
         health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
             "noticed/<reason>", "drawn/<source>/<task>" and "drawn_ids/<source>/<task>". Sums over batches are totals

@@ -175,7 +175,11 @@ def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
 
 def _quiet() -> None:
     """Silence what a user of ours can neither change nor use: remarks of libraries about each other."""
-    for remark in (r".*isinstance\(treespec, LeafSpec\)", r".*is set, but there is no last checkpoint available"):
+    for remark in (
+        r".*isinstance\(treespec, LeafSpec\)",
+        r".*is set, but there is no last checkpoint available",
+        r"LightningCLI's args parameter is intended",
+    ):
         warnings.filterwarnings("ignore", message=remark)
     # "GPU available: False", tips for a vendor's logger.
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -184,20 +188,50 @@ def _quiet() -> None:
 
 def run_lightning(args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`."""
-    _quiet()
     with identity_of_this_command(), _told_how_it_ended():
-        EChatCLI(
-            EChatStage,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=EChatArgumentParser,
-            save_config_callback=RunFolderConfig,
-            seed_everything_default=0,
-            # Without a folder of its own a run would write into the current one.
-            trainer_defaults={"default_root_dir": "runs/unnamed"},
-            auto_configure_optimizers=False,
-            # The command line's own words go unrepeated: Lightning launches further ranks with them, and warns
-            # otherwise.
-            args=None if args == sys.argv[1:] else args,
-        )
+        _command_line(EChatCLI, args)
+
+
+class _ParsesOnly(EChatCLI):
+    """Stops once the arguments are parsed: nothing is seeded, built or run."""
+
+    def _set_seed(self) -> None: ...
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def resolve_lightning(args: list[str]) -> dict[str, Any]:
+    """Parse a command of `run_lightning` without running it; all its settings, defaults included, as plain values.
+
+    Raises:
+        SetupError: It is wrong.
+    """
+    parsed = _command_line(_ParsesOnly, args)
+    subcommand = str(parsed.subcommand)
+    text = parsed._parser(subcommand).dump(parsed.config[subcommand], skip_unset=False)
+    settings = yaml.safe_load(text)
+    # The names of the files say nothing that their contents have not said.
+    settings.pop("config", None)
+    return settings
+
+
+def _command_line(kind: type[EChatCLI], args: list[str]) -> EChatCLI:
+    _quiet()
+    return kind(
+        EChatStage,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=EChatArgumentParser,
+        save_config_callback=RunFolderConfig,
+        seed_everything_default=0,
+        # Without a folder of its own a run would write into the current one.
+        trainer_defaults={"default_root_dir": "runs/unnamed"},
+        auto_configure_optimizers=False,
+        # The command line's own words go unrepeated: Lightning launches further ranks with them, and warns otherwise.
+        args=None if args == sys.argv[1:] else args,
+    )

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -39,6 +39,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.deferred_init import to_memory
 from lightning_echat.nn.echat_model import EChatModel
 from lightning_echat.nn.sharded_files import check_sharded
 
@@ -100,11 +101,11 @@ class ShardedStrategy(ModelParallelStrategy):
             self._shard_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
     def shard(self, stage: L.LightningModule, model: EChatModel, *, entries: tuple[str, ...]) -> None:
-        """Cut the network of a stage. Parameters must have their values and be marked as trained or frozen by now.
+        """Cut the network of a stage. Parameters must be marked as trained or frozen by now; they get memory here.
 
         Args:
             stage: Becomes the root.
-            model: Its network, on the CPU.
+            model: Its network, on the meta device.
             entries: The stage's methods that run the network.
         """
         assert self._shard_mesh is not None
@@ -117,6 +118,8 @@ class ShardedStrategy(ModelParallelStrategy):
         for block in blocks(model):
             fully_shard(block, **options)
         fully_shard(stage, **options)
+        # On the GPU at once: the host never holds the shards.
+        to_memory(stage, torch.device("cpu") if self.cpu_offload else self.root_device)
         for entry in entries:
             register_fsdp_forward_method(stage, entry)
         # One that is left whole would be trained by each rank on its own, without a word.
@@ -322,8 +325,17 @@ def compile_blocks(model: EChatModel) -> None:
 
 
 def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
-    """The strategy of a run whose network is sharded."""
+    """The strategy of a run whose network is sharded.
+
+    Raises:
+        UserError: It is another that would have the stage cut itself: each rank would train a whole by itself.
+    """
     strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
+        raise UserError(
+            "trainer.strategy is ModelParallelStrategy, whose tensor parallelism is not supported: the data would have "
+            "to be dealt to groups of ranks and not to ranks; use lightning_echat.parallel.ShardedStrategy"
+        )
     return strategy if isinstance(strategy, ShardedStrategy) else None
 
 
@@ -340,11 +352,6 @@ def any_rank(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter or gradient, shared with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:

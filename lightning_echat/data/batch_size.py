@@ -28,7 +28,8 @@ _ROUND = 64
 _PRECISION = 1 / 16
 _OUT_OF_MEMORY = ("outofmemoryerror", "out of memory", "not enough memory", "can't allocate memory", "std::bad_alloc")
 _CPU_SHARE = 0.9
-_FIT = "import sys; from lightning_echat.cli import main; main(['fit', *sys.argv[1:]])"
+_FIT = ("-m", "lightning_echat.cli", "fit")
+"""As a module, since a strategy of several processes starts the others with the words of the first."""
 
 
 def batch_size(
@@ -42,8 +43,9 @@ def batch_size(
     """Find the largest data.init_args.batching.tokens_per_batch with which two steps can be trained.
 
     Batches are real ones of the configured sources, filled to the budget whatever max_rows says. Nothing is logged, no
-    checkpoint is written, nothing is validated. The answer holds for this machine and these settings: leave some of it
-    for batches that are heavier than those tried, and for what callbacks and validation need.
+    checkpoint is written, nothing is validated. The devices of this machine take part as configured, other nodes do
+    not. The answer holds for this machine and these settings: leave some of it for batches that are heavier than those
+    tried, and for what callbacks and validation need.
 
     Args:
         configs: The YAML files of the run, as given to echat fit.
@@ -104,6 +106,7 @@ def _train(words: list[str], budget: int, *, memory_gigabytes: float | None) -> 
             f"--trainer.default_root_dir={folder}",
             f"--trainer.max_steps={_STEPS}",
             "--trainer.max_time=null",
+            "--trainer.num_nodes=1",
             "--trainer.accumulate_grad_batches=1",
             "--trainer.limit_val_batches=0",
             "--trainer.num_sanity_val_steps=0",
@@ -115,7 +118,7 @@ def _train(words: list[str], budget: int, *, memory_gigabytes: float | None) -> 
             f"--data.init_args.batching.max_rows={budget}",
         ]
         # A checkout's data modules are named by path, as `echat fit` finds them: from the current folder.
-        command = [sys.executable, "-c", _FIT, *words, *options]
+        command = [sys.executable, *_FIT, *words, *options]
         limit = partial(_limit_memory, memory_gigabytes) if memory_gigabytes is not None else None
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=limit, check=False)
     if done.returncode == 0:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lightning_echat.contracts import AudioClip, DialogueSample, PackedBatch, TokenizedDialogue
 from lightning_echat.data.augmentation import AugmentationConfig, alter, augment, draw_alterations
+from lightning_echat.data.decoding import PCM_SCALE
 from lightning_echat.data.log_mel import LogMel, extend, num_frames
 
 
@@ -59,14 +60,22 @@ class ClipFeatures:
         audio = [turn.audio for place in heard if (turn := sample.turns[place]).audio is not None]
         for clip, waveform in zip(dialogue.clips, audio, strict=True):
             assert waveform is not None
+            extended = extend(waveform)
             # As whole numbers, since precision bf16-true rounds every float of a batch on its way to the device.
-            clip.waveform = extend(waveform).view(torch.int32)
+            clip.waveform = extended if extended.dtype == torch.int16 else extended.view(torch.int32)
             if random and self._augmentation and clip is dialogue.clips[-1]:
                 clip.alterations = self._draw(clip, random)
 
     def _draw(self, clip: AudioClip, random: Random) -> Tensor:
         assert self._augmentation is not None
         return draw_alterations(len(clip.log_mel), self._log_mel.mel_bins, config=self._augmentation, random=random)
+
+
+def as_floats(waveforms: Tensor) -> Tensor:
+    """The float32 samples of what an `AudioClip` or a batch carries: 16-bit samples, or the bits of floats."""
+    if waveforms.dtype == torch.int16:
+        return waveforms.float().mul_(PCM_SCALE)
+    return waveforms.view(torch.float32)
 
 
 def make_log_mels(batch: PackedBatch, log_mel: LogMel) -> PackedBatch:
@@ -78,7 +87,7 @@ def make_log_mels(batch: PackedBatch, log_mel: LogMel) -> PackedBatch:
     """
     if batch.waveforms is not None:
         frames = batch.log_mels.shape[1]  # batching has rounded it up
-        log_mels = log_mel.of_batch(batch.waveforms.view(torch.float32), batch.log_mel_lengths)
+        log_mels = log_mel.of_batch(as_floats(batch.waveforms), batch.log_mel_lengths)
         if batch.alterations is not None:
             log_mels = alter(log_mels, batch.alterations)
         batch.log_mels = F.pad(log_mels, (0, 0, 0, frames - log_mels.shape[1]))

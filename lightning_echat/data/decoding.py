@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import gcd, isfinite
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import soundfile
@@ -23,6 +24,7 @@ from lightning_echat.data.log_mel import WINDOW
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.tar_samples import SCHEMA, StoredSample
 from lightning_echat.tokens.dialogue_template import expand_history
+from lightning_echat.tokens.id_tensors import id_tensor
 from lightning_echat.tokens.paralinguistics import LABEL_SETS, REPLY_EMOTIONS
 
 SIDECAR = "json"
@@ -32,6 +34,7 @@ _PLAIN_HEAD = [b"RIFF", b"WAVEfmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 
 _CLIPPED = 0.999
 _CLIPPED_SHARE = 0.001
 """More than this share of samples at full scale is audible clipping; single peaks are not."""
+_CHECKED_BYTES = 4096
 _MIN_COMMON_RATE = 25
 """Hz. A rate that shares less with 16 kHz needs a resampling kernel of gigabytes. Every rate in use shares more."""
 
@@ -44,11 +47,13 @@ class ParsedDialogue:
         sample: The dialogue without audio.
         audio: Encoded audio per turn, None for a written turn.
         seconds: The duration that the sidecar claims per turn, None where it claims none.
+        check: 16 bits by which a checkpoint tells whether the same dialogue still stands at its place.
     """
 
     sample: DialogueSample
     audio: list[bytes | None]
     seconds: list[float | None]
+    check: int = 0
 
     def prefixes(self) -> Iterator[ParsedDialogue]:
         """The dialogue up to each of its replies (see `expand_history`); the bytes are shared, not copied."""
@@ -60,7 +65,8 @@ _MAX_SIDECAR_BYTES = 8 * 2**20
 """A larger one is no dialogue, and parsed it would take twenty times that."""
 _MAX_VALUES = 64 * 2**20
 """Samples of all channels. A few kB of FLAC can claim, and hold, many more."""
-_PCM_SCALE = 1.0 / 32768.0
+PCM_SCALE = 1.0 / 32768.0
+"""What a 16-bit sample is multiplied by to lie in [-1, 1)."""
 
 
 def decode_waveform(data: bytes, *, max_seconds: float = 60.0) -> Tensor:
@@ -71,19 +77,37 @@ def decode_waveform(data: bytes, *, max_seconds: float = 60.0) -> Tensor:
     Raises:
         SampleRejected: Unreadable, empty, too short for one mel window, too long, not finite, or of an odd rate.
     """
+    return _as_floats(_decoded(data, max_seconds).samples)
+
+
+class _Decoded(NamedTuple):
+    """[samples] at `SAMPLE_RATE`, int16 where stored so and else float32, and their largest magnitude as of floats."""
+
+    samples: NDArray[Any]
+    peak: float
+
+
+def _decoded(data: bytes, max_seconds: float) -> _Decoded:
+    """What `decode_waveform` turns into floats; raises as it does."""
     plain = _plain_wav(data)
     rate, samples = (SAMPLE_RATE, plain) if plain is not None else _read_audio(data, max_seconds)
     if len(samples) > max_seconds * rate:
         raise SampleRejected("audio too long", f"{len(samples) / rate:.1f} s, at most {max_seconds:g} s")
-    waveform = torch.from_numpy(samples)
-    _check_length(waveform, rate)
+    _check_length(len(samples), rate)
     # A NaN anywhere makes both ends NaN; fifteen times faster than asking each sample.
-    if not all(isfinite(end) for end in torch.aminmax(waveform)):
+    ends = float(samples.min()), float(samples.max())
+    if not all(isfinite(end) for end in ends):
         raise SampleRejected("audio not finite")
-    return _resample(waveform, rate)
+    peak = max(-ends[0], ends[1]) * (PCM_SCALE if plain is not None else 1.0)
+    return _Decoded(_resample(samples, rate), peak)
 
 
-def _plain_wav(data: bytes) -> NDArray[np.float32] | None:
+def _as_floats(samples: NDArray[Any]) -> Tensor:
+    floats = np.multiply(samples, PCM_SCALE, dtype=np.float32) if samples.dtype == np.int16 else samples
+    return torch.from_numpy(np.ascontiguousarray(floats))
+
+
+def _plain_wav(data: bytes) -> NDArray[np.int16] | None:
     """[samples] of 16-bit mono at `SAMPLE_RATE` in the plainest header, None for whatever else there may be.
 
     That is what nearly every shard holds, and libsndfile takes ten times as long.
@@ -93,8 +117,7 @@ def _plain_wav(data: bytes) -> NDArray[np.float32] | None:
     *head, size = _WAV_HEAD.unpack_from(data)
     if head != _PLAIN_HEAD or size % 2 or size > len(data) - _WAV_HEAD.size:
         return None
-    pcm = np.frombuffer(data, dtype="<i2", count=size // 2, offset=_WAV_HEAD.size)
-    return np.multiply(pcm, _PCM_SCALE, dtype=np.float32)
+    return np.frombuffer(data, dtype="<i2", count=size // 2, offset=_WAV_HEAD.size)
 
 
 def _read_audio(data: bytes, max_seconds: float) -> tuple[int, NDArray[np.float32]]:
@@ -115,25 +138,22 @@ def _read_audio(data: bytes, max_seconds: float) -> tuple[int, NDArray[np.float3
 
 def is_clipped(waveform: Tensor) -> bool:
     """Whether so many samples stand at full scale that one hears it. Such audio is used and only counted."""
-    low, high = torch.aminmax(waveform)
-    if max(-float(low), float(high)) < _CLIPPED:
-        return False
     return float((waveform.abs() >= _CLIPPED).float().mean()) > _CLIPPED_SHARE
 
 
-def _check_length(waveform: Tensor, rate: int) -> None:
-    if waveform.numel() == 0:
+def _check_length(samples: int, rate: int) -> None:
+    if samples == 0:
         raise SampleRejected("empty audio")
-    if waveform.numel() * SAMPLE_RATE < WINDOW * rate:
-        raise SampleRejected("audio too short", f"{waveform.numel() / rate:.4f} s, at least {WINDOW / SAMPLE_RATE} s")
+    if samples * SAMPLE_RATE < WINDOW * rate:
+        raise SampleRejected("audio too short", f"{samples / rate:.4f} s, at least {WINDOW / SAMPLE_RATE} s")
 
 
-def _resample(waveform: Tensor, rate: int) -> Tensor:
+def _resample(samples: NDArray[Any], rate: int) -> NDArray[Any]:
     if rate == SAMPLE_RATE:
-        return waveform.contiguous()
+        return samples
     if gcd(rate, SAMPLE_RATE) < _MIN_COMMON_RATE:
         raise SampleRejected("odd sample rate", f"{rate} Hz; convert to {SAMPLE_RATE} Hz")
-    return _resampler(rate)(waveform)
+    return _resampler(rate)(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
 
 
 @lru_cache(maxsize=16)
@@ -148,17 +168,27 @@ def decode_dialogue(stored: StoredSample, *, max_seconds: float = 60.0) -> Dialo
 
 
 def with_audio(
-    parsed: ParsedDialogue, *, turns: Sequence[int], max_seconds: float, counter: SkipCounter | None = None
+    parsed: ParsedDialogue,
+    *,
+    turns: Sequence[int],
+    max_seconds: float,
+    counter: SkipCounter | None = None,
+    as_stored: bool = False,
 ) -> DialogueSample:
-    """The dialogue with the audio of the named turns decoded; the others keep none. Clipping is counted."""
+    """The dialogue with the audio of the named turns decoded; the others keep none. Clipping is counted.
+
+    `as_stored` leaves 16-bit samples the whole numbers that they are, int16, at half the memory.
+    """
     decoded = list(parsed.sample.turns)
     for index in turns:
         data = parsed.audio[index]
         if data is not None:
-            waveform = decode_waveform(data, max_seconds=max_seconds)
-            if counter is not None and is_clipped(waveform):
+            samples, peak = _decoded(data, max_seconds)
+            if counter is not None and peak >= _CLIPPED and is_clipped(_as_floats(samples)):
                 counter.notice("clipped audio", shard=parsed.sample.shard, key=parsed.sample.key)
-            decoded[index] = replace(decoded[index], audio=waveform)
+            # A copy where no floats are made, as the bytes it lies in cannot be written to.
+            audio = torch.from_numpy(samples.copy()) if as_stored else _as_floats(samples)
+            decoded[index] = replace(decoded[index], audio=audio)
     return replace(parsed.sample, turns=decoded)
 
 
@@ -189,7 +219,15 @@ def parse_dialogue(stored: StoredSample, *, source: str = "") -> ParsedDialogue:
         speaker=_field(sidecar, "speaker", str, default=""),
         voice_type=_field(sidecar, "voice_type", str, default=""),
     )
-    return ParsedDialogue(sample=sample, audio=audio, seconds=seconds)
+    return ParsedDialogue(sample=sample, audio=audio, seconds=seconds, check=_check(stored))
+
+
+def _check(stored: StoredSample) -> int:
+    """Of the beginnings and lengths of all members; all of their bytes would take as long as decoding them."""
+    check = 0
+    for name, data in stored.members.items():
+        check = zlib.crc32(data[:_CHECKED_BYTES], zlib.crc32(f"{name}/{len(data)}/".encode("utf-8", "replace"), check))
+    return check & 0xFFFF
 
 
 def _sidecar(stored: StoredSample) -> dict[str, Any]:
@@ -240,9 +278,9 @@ def _codes(entry: dict[str, Any]) -> Tensor | None:
     codes = _field(entry, "codes", list)
     if codes is None:
         return None
-    if not all(type(code) is int and 0 <= code < 2**31 for code in codes):
+    if codes and (set(map(type, codes)) != {int} or min(codes) < 0 or max(codes) >= 2**31):
         raise SampleRejected("bad speech codes", "codes are integers from 0")
-    return torch.tensor(codes, dtype=torch.long)
+    return id_tensor(codes)
 
 
 def _audio_bytes(entry: dict[str, Any], members: Mapping[str, bytes]) -> bytes | None:

@@ -130,7 +130,13 @@ class DialogueReader:
             SampleRejected: Audio is unusable.
         """
         heard = heard_turns(parsed.sample, task)
-        sample = with_audio(parsed, turns=heard, max_seconds=self.config.max_seconds, counter=self.counter)
+        sample = with_audio(
+            parsed,
+            turns=heard,
+            max_seconds=self.config.max_seconds,
+            counter=self.counter,
+            as_stored=self.config.mels_on_device,
+        )
         return self._features.with_mels(sample, heard, random=random)
 
     def _skip(self, error: SampleRejected, counter: SkipCounter, *, shard: str, key: str) -> None:

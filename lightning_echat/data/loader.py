@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from lightning_echat.contracts import PackedBatch, UserError
+from lightning_echat.data.batch_memory import HandedBatch
 from lightning_echat.data.batching import collate
 from lightning_echat.data.ranks import Ranks
 from lightning_echat.data.read_errors import NOTICED, SkipCounter
@@ -40,7 +41,7 @@ class _WorkerLoader(DataLoader[PackedBatch]):
             batch_size=None,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=_as_it_is,
+            collate_fn=_handed_over,
             worker_init_fn=_start_worker,
             # A fork has imported everything, and ends when its trainer is killed; a fork server's children do not.
             multiprocessing_context="fork" if num_workers else None,
@@ -52,7 +53,7 @@ class _WorkerLoader(DataLoader[PackedBatch]):
         for item in super().__iter__():
             if isinstance(item, StreamFailure):
                 raise UserError(item.message)
-            yield item
+            yield item.batch() if isinstance(item, HandedBatch) else item
 
 
 class ValidationLoader(_WorkerLoader):
@@ -172,8 +173,9 @@ class TrainingLoader(_WorkerLoader):
         return batch
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+def _handed_over(item: Any) -> Any:
+    """What a worker process sends for an item; torch calls this there, and in this process where there are none."""
+    return HandedBatch.of(item) if isinstance(item, PackedBatch) and get_worker_info() else item
 
 
 def _start_worker(worker: int) -> None:

@@ -5,12 +5,13 @@ The buffer holds dialogues; what is kept of it is where they come from, and they
 
 from __future__ import annotations
 
-from array import array
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from random import Random
 from typing import NamedTuple, TypedDict
+
+import numpy as np
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.decoding import ParsedDialogue
@@ -24,12 +25,16 @@ _BARREN_ROUNDS = 4
 
 
 class SampleRef(NamedTuple):
-    """Where a dialogue comes from: shard of the source, place in it, exchange, and the epoch it was read in."""
+    """Where a dialogue comes from: shard of the source, place in it, exchange, and the epoch it was read in.
+
+    `check` is what it is told by (`ParsedDialogue.check`).
+    """
 
     shard: int
     ordinal: int
     exchange: int
     epoch: int
+    check: int
 
 
 class Drawn(NamedTuple):
@@ -60,16 +65,17 @@ Dialogues = Mapping[tuple[int, int, int], ParsedDialogue]
 
 
 def pack_refs(rows: Iterable[tuple[int, ...]]) -> bytes:
-    """Tuples of equal length as 32-bit numbers, column by column, which a file can compress."""
-    return array("i", chain.from_iterable(zip(*rows, strict=True))).tobytes()
+    """Tuples of equal length as 32-bit numbers, each of their bytes by columns, so that a file compresses the zeros."""
+    rows = list(rows)
+    width = len(rows[0]) if rows else 0
+    numbers = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=len(rows) * width)
+    return numbers.reshape(len(rows), width).view(np.uint8).T.tobytes()
 
 
 def unpack_refs(data: bytes, *, width: int) -> list[tuple[int, ...]]:
     """What `pack_refs` was given."""
-    numbers = array("i")
-    numbers.frombytes(data)
-    height = len(numbers) // width
-    return list(zip(*(numbers[column * height : (column + 1) * height] for column in range(width)), strict=True))
+    columns = np.frombuffer(data, dtype=np.uint8).reshape(4 * width, -1)
+    return [tuple(row) for row in np.ascontiguousarray(columns.T).view(np.int32).tolist()]
 
 
 def read_refs(
@@ -78,29 +84,31 @@ def read_refs(
     """The dialogues that a checkpoint refers to. Reads only the shards they are in, and counts nothing.
 
     Raises:
-        UserError: A shard no longer holds one of them.
+        UserError: A shard no longer holds one of them, or another in its place.
     """
-    wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    wanted: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
     for ref in refs:
-        wanted[ref.shard].add((ref.ordinal, ref.exchange))
+        wanted[ref.shard][ref.ordinal, ref.exchange] = ref.check
     found: dict[tuple[int, int, int], ParsedDialogue] = {}
     with reader.counter.ignoring():
         for shard, places in sorted(wanted.items()):
             ordinals = {ordinal for ordinal, _ in places}
             for ordinal, exchange, parsed in reader.parse_again(shards[shard], ordinals, source=source.name):
                 if (ordinal, exchange) in places:
+                    if parsed.check != places[ordinal, exchange]:
+                        raise gone(shards[shard], ordinal, what="is another one now")
                     found[shard, ordinal, exchange] = parsed
-            missing = sorted(place for place in places if (shard, *place) not in found)
+            missing = [place for place in places if (shard, *place) not in found]
             if missing:
-                raise gone(shards[shard], missing[0][0])
+                raise gone(shards[shard], min(missing)[0])
     return found
 
 
-def gone(shard: str, ordinal: int) -> UserError:
+def gone(shard: str, ordinal: int, *, what: str = "is no longer there or usable") -> UserError:
     """The shard is not what it was when the checkpoint was written."""
     return UserError(
-        f"{shard}: sample {ordinal}, which the checkpoint refers to, is no longer there or usable; put the shard back "
-        "as it was, or begin a new run from the checkpoint's weights with model.init_args.init_from"
+        f"{shard}: sample {ordinal}, which the checkpoint refers to, {what}; put the shard back as it was, or "
+        "begin a new run from the checkpoint's weights with model.init_args.init_from"
     )
 
 
@@ -158,7 +166,8 @@ class SourceReader:
             self._buffer.append(stored)
         if not self._buffer:
             return None
-        place = Random(f"{self._seed}/{self._draws}").randrange(len(self._buffer))
+        digest = hashlib.blake2b(f"{self._seed}/{self._draws}".encode(), digest_size=8).digest()
+        place = int.from_bytes(digest) % len(self._buffer)
         self._draws += 1
         self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
         return self._buffer.pop()
@@ -187,7 +196,7 @@ class SourceReader:
                     raise gone(path, ordinal)
         for ordinal, exchange, parsed in placed:
             self._place = Place(item, ordinal, exchange + 1)
-            yield Drawn(SampleRef(work.shard, ordinal, exchange, work.epoch), parsed)
+            yield Drawn(SampleRef(work.shard, ordinal, exchange, work.epoch, parsed.check), parsed)
 
 
 def held_refs(state: SourceState) -> list[SampleRef]:

@@ -20,11 +20,20 @@ from lightning_echat.data.source_reader import SampleRef, SourceState, held_refs
 
 
 class Waiting(NamedTuple):
-    """A dialogue in the window: which source and task it was drawn for, and where it comes from."""
+    """A dialogue in the window: which source and task it was drawn for, and where it comes from (see `SampleRef`)."""
 
     source: int
     task: int
-    ref: SampleRef
+    shard: int
+    ordinal: int
+    exchange: int
+    epoch: int
+    check: int
+
+    @property
+    def ref(self) -> SampleRef:
+        """Where it comes from."""
+        return SampleRef(*self[2:])
 
 
 class WorkerState(TypedDict):
@@ -75,13 +84,7 @@ class Position:
 
 def waiting_refs(state: WorkerState) -> list[Waiting]:
     """What the window of a state holds."""
-    rows = unpack_refs(state["window"], width=2 + len(SampleRef._fields))
-    return [Waiting(source, task, SampleRef(*ref)) for source, task, *ref in rows]
-
-
-def pack_waiting(entries: Sequence[Waiting]) -> bytes:
-    """The inverse of `waiting_refs`."""
-    return pack_refs((entry.source, entry.task, *entry.ref) for entry in entries)
+    return [Waiting(*row) for row in unpack_refs(state["window"], width=len(Waiting._fields))]
 
 
 def to_checkpoint(positions: Sequence[Position], made_by: Mapping[str, str]) -> dict[str, Any]:
@@ -191,6 +194,6 @@ def _share(states: Sequence[WorkerState], consumer: int, consumers: int) -> Work
         sources=sources,
         drawn=drawn,
         unusable=[0] * len(sources),
-        window=pack_waiting(window[consumer::consumers]),
+        window=pack_refs(window[consumer::consumers]),
         counts={},
     )

@@ -23,9 +23,9 @@ from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.mixture import Mixture, MixtureUnit, SourceConfig
 from lightning_echat.data.shard_deal import Deal, ShardOrder, parts_for
 from lightning_echat.data.shards import expand_shards
-from lightning_echat.data.source_reader import SampleRef, SourceReader, gone, held_refs, read_refs
+from lightning_echat.data.source_reader import SampleRef, SourceReader, gone, held_refs, pack_refs, read_refs
 from lightning_echat.data.stream_items import StreamEnd, StreamFailure
-from lightning_echat.data.stream_state import Position, Waiting, WorkerState, pack_waiting, waiting_refs
+from lightning_echat.data.stream_state import Position, Waiting, WorkerState, waiting_refs
 
 _UNUSABLE_IN_A_ROW = 1000
 """Dialogues of one source rejected without a usable one between them before the run stops."""
@@ -91,7 +91,7 @@ class TrainingWorker:
             sources=[source.state() for source in self._sources],
             drawn=[list(tasks) for tasks in self._mixture.drawn],
             unusable=list(self._unusable),
-            window=pack_waiting([waiting for _, waiting in self._window.entries]),
+            window=pack_refs(entry.tag for entry in self._window.entries),
             counts=dict(self._reader.counter.counts),
         )
 
@@ -124,7 +124,7 @@ class TrainingWorker:
         """Add the next usable dialogue of a source to the window. False when it has ended."""
         source = self._sources[place]
         while (drawn := source.draw()) is not None:
-            entry = Waiting(place, self._mixture.next_task(place), drawn.ref)
+            entry = Waiting(place, self._mixture.next_task(place), *drawn.ref)
             dialogue = self._tokenize(entry, drawn.parsed)
             if dialogue is not None:
                 self._unusable[place] = 0
@@ -145,9 +145,8 @@ class TrainingWorker:
         self._window.add(dialogue, entry)
 
     def _tokenize(self, entry: Waiting, parsed: ParsedDialogue) -> TokenizedDialogue | None:
-        shard, ordinal, exchange, epoch = entry.ref
         seed = self._stream.seed_of(self._stream.sources[entry.source])
-        random = Random(f"{seed}/{epoch}/{shard}/{ordinal}/{exchange}")
+        random = Random(f"{seed}/{entry.epoch}/{entry.shard}/{entry.ordinal}/{entry.exchange}")
         return self._reader.tokenize(parsed, self._tasks[entry.source][entry.task], random=random)
 
 

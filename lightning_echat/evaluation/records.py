@@ -23,6 +23,7 @@ from lightning_echat.contracts import SAMPLE_RATE, GeneratedReply, UserError
 from lightning_echat.evaluation.items import EvaluationItem, item_of
 from lightning_echat.evaluation.judging import Judge, JudgeScore
 from lightning_echat.metrics import ParsedAnswer, parse_answer
+from lightning_echat.tokens.speech_codes import repetition_rate
 from lightning_echat.tokens.thinking import ThinkingFormat
 
 SCHEMA = 1
@@ -39,6 +40,7 @@ class AnswerRecord:
         text: What the model wrote, thinking included, as it wrote it.
         answer: The same, parsed.
         codes: Speech codes of the reply.
+        repetition: Share of its runs of four codes that repeat an earlier one (`speech_codes.repetition_rate`).
         finished: False when a length limit cut the answer short.
         timings: Seconds by name, of the whole batch that the answer was part of.
         query_audio, reply_audio: Wav files relative to the records' folder, None where none was stored.
@@ -50,6 +52,7 @@ class AnswerRecord:
     text: str
     answer: ParsedAnswer
     codes: int = 0
+    repetition: float = 0.0
     finished: bool = True
     timings: dict[str, float] = field(default_factory=dict)
     query_audio: str | None = None
@@ -73,6 +76,7 @@ def record_of(generated: GeneratedReply, *, set_name: str, fmt: ThinkingFormat |
         text=generated.text,
         answer=parse_answer(generated, fmt=fmt),
         codes=int(generated.speech_codes.numel()),
+        repetition=repetition_rate(generated.speech_codes),
         finished=generated.finished,
         timings=dict(generated.timings),
     )

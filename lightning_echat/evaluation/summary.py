@@ -19,6 +19,7 @@ from lightning_echat.evaluation.bootstrap import bootstrap_interval
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord, nan_as_none
 from lightning_echat.metrics import UNPARSED, EnglishWordErrorRate, LabelAccuracy
+from lightning_echat.nn.token2wav.kmeans import CODE_RATE
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 
@@ -98,13 +99,20 @@ def summarize_empathy(
 
 
 def summarize_speech(records: Sequence[AnswerRecord]) -> dict[str, Any]:
-    """How much was spoken, and how many answers were cut short or stayed silent."""
+    """How much was spoken, and how many answers were cut short or stayed silent.
+
+    `truncation_rate` is the share of answers that a length limit cut short, `repetition_rate` and `seconds_per_reply`
+    are means over the answers that have speech.
+    """
     spoken = [record for record in records if record.codes > 0]
     return {
         "items": len(records),
         "replies": len(spoken),
         "without_speech": len(records) - len(spoken),
         "unfinished": sum(not record.finished for record in records),
+        "truncation_rate": _mean([not record.finished for record in records]),
+        "repetition_rate": _mean([record.repetition for record in spoken]),
+        "seconds_per_reply": _mean([record.codes / CODE_RATE for record in spoken]),
         "speech_codes": sum(record.codes for record in spoken),
         "waveforms": sum(record.reply_seconds is not None for record in records),
         "seconds_of_audio": sum(record.reply_seconds or 0.0 for record in records),

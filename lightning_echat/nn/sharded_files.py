@@ -9,10 +9,13 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -71,7 +74,7 @@ def read_sharded(path: Path, *, optimizer: bool = False) -> dict[str, Any]:
         optimizer: Also the optimizers' states, as a list under "optimizer_states", by names of parameters.
     """
     check_sharded(path)
-    try:
+    with _told(path):
         rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
         index = _read_metadata(path)
         flat: dict[str, Any] = {
@@ -81,14 +84,7 @@ def read_sharded(path: Path, *, optimizer: bool = False) -> dict[str, Any]:
             for name, entry in index.state_dict_metadata.items()
             if optimizer or name.startswith(_WEIGHTS)
         }
-        planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        with warnings.catch_warnings():
-            # It remarks that it reads on one process, which is what it was asked for.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(flat, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, CheckpointException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read checkpoint {path}: {reason}") from error
+        _load(flat, path)
     weights = {name.removeprefix(_WEIGHTS): tensor for name, tensor in flat.items() if name.startswith(_WEIGHTS)}
     whole = {**rest, "state_dict": weights}
     if optimizer:
@@ -96,6 +92,41 @@ def read_sharded(path: Path, *, optimizer: bool = False) -> dict[str, Any]:
         nested = _nested({paths[name]: value for name, value in flat.items() if not name.startswith(_WEIGHTS)})
         whole["optimizer_states"] = [nested[name] for name in sorted(nested)]
     return whole
+
+
+def sharded_shapes(path: Path, *, prefix: str) -> dict[str, torch.Size]:
+    """Shapes of the weights whose names begin with `prefix`, by the rest of their names; no weight is read."""
+    check_sharded(path)
+    whole = f"{_WEIGHTS}{prefix}"
+    return {
+        name.removeprefix(whole): entry.size
+        for name, entry in _read_metadata(path).state_dict_metadata.items()
+        if name.startswith(whole) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def fill_from_sharded(path: Path, targets: Mapping[str, Tensor], *, prefix: str) -> None:
+    """Copy weights into tensors, each rank its part, whatever the number of ranks that wrote. No collective call."""
+    with _told(path):
+        _load({f"{_WEIGHTS}{prefix}{name}": target for name, target in targets.items()}, path)
+
+
+def _load(flat: dict[str, Any], path: Path) -> None:
+    planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        # It remarks that it reads on one process, which is what it was asked for.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(flat, storage_reader=FileSystemReader(path), planner=planner, no_dist=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What goes wrong in reading, in one line."""
+    try:
+        yield
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, CheckpointException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read checkpoint {path}: {reason}") from error
 
 
 def _nested(flat: dict[tuple[str | int, ...], Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.deferred_init import DeferredInit
 from lightning_echat.tokens.vocabulary import Vocabulary
 
 
@@ -65,6 +66,11 @@ def _build_llm(config: LanguageModelConfig) -> PreTrainedModel:
             llm_config = AutoConfig.from_pretrained(config.weights)
         # Released weights are often bfloat16, which small updates do not reach: the trainer's precision decides.
         dtype = torch.get_default_dtype()
+        deferred = DeferredInit.active()
+        if config.pretrained and deferred is not None:
+            # Loading draws no random numbers either; `weight_sources.read_pretrained` does it, shard by shard.
+            with deferred.undrawn():
+                return AutoModelForCausalLM.from_config(llm_config, dtype=dtype, attn_implementation="sdpa")
         if config.pretrained:
             return AutoModelForCausalLM.from_pretrained(
                 config.weights, config=llm_config, dtype=dtype, attn_implementation="sdpa"

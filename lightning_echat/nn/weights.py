@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.model_folder import is_model_folder, read_model_folder
-from lightning_echat.nn.sharded_files import is_sharded, read_sharded
+from lightning_echat.nn.sharded_files import fill_from_sharded, is_sharded, read_sharded, sharded_shapes
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig, LoRAConfig
+from lightning_echat.nn.weight_sources import WeightSource, mapped_weights, without_lora
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
+
+_PREFIX = "model."
+"""Of the network's weights in a stage."""
 
 
 def latest_checkpoint(path: str | Path) -> Path:
@@ -61,15 +65,31 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def model_weights(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """The network's part of a stage checkpoint, under the network's own names."""
-    prefix = "model."
-    state = {n.removeprefix(prefix): t for n, t in checkpoint.get("state_dict", {}).items() if n.startswith(prefix)}
-    if not state:
-        raise UserError(f"{path} holds no network weights; was it saved by a stage of this project?")
+    state = {n.removeprefix(_PREFIX): t for n, t in checkpoint.get("state_dict", {}).items() if n.startswith(_PREFIX)}
+    _check_some(state, path)
     return state
 
 
-def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -> str:
-    """Fill `model` from the checkpoint of an earlier stage, and say in one line what came and what did not.
+def _check_some(weights: Sized, path: Path) -> None:
+    if not weights:
+        raise UserError(f"{path} holds no network weights; was it saved by a stage of this project?")
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """What came from an earlier stage.
+
+    Attributes:
+        report: One line that says so.
+        filled: Names of the network's weights that have their values from there.
+    """
+
+    report: str
+    filled: frozenset[str]
+
+
+def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -> HandOver:
+    """Fill `model` from the checkpoint of an earlier stage. Where it is sharded, each rank reads its part only.
 
     Args:
         model: The network of this stage.
@@ -80,14 +100,14 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
         UserError: A weight is missing that `new_parts` does not announce, is unknown, or has another shape.
     """
     path = latest_checkpoint(path)
-    state = model_weights(read_checkpoint(path), path)
+    source = _source(path)
     own = model.state_dict()
     # LoRA wraps the language model, which renames its weights.
-    wrapped = {_without_lora(n): n for n in own if ".lora_" not in n}
-    state = {n if n in own else wrapped.get(n, n): t for n, t in state.items()}
-    missing = [n for n in own if n not in state and not any(fnmatch.fnmatchcase(n, p) for p in new_parts)]
-    unknown = [n for n in state if n not in own]
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+    wrapped = {without_lora(n): n for n in own if ".lora_" not in n}
+    stored = {n if n in own else wrapped.get(n, n): n for n in source.shapes}
+    missing = [n for n in own if n not in stored and not any(fnmatch.fnmatchcase(n, p) for p in new_parts)]
+    unknown = [n for n in stored if n not in own]
+    shapes = [n for n in own if n in stored and own[n].shape != source.shapes[stored[n]]]
     for what, names in (("lacks", missing), ("has unknown", unknown), ("has another shape for", shapes)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -95,15 +115,20 @@ def load_from(model: nn.Module, path: str | Path, *, new_parts: Sequence[str]) -
                 f"init_from {path} {what} {', '.join(names[:3])}{more}; "
                 f"announce parts that this stage adds with init_new_parts, or give the config it was trained with"
             )
-    model.load_state_dict(state, strict=False)
-    new = sorted(set(own) - set(state))
+    source.fill({name: own[n] for n, name in stored.items()})
+    new = sorted(set(own) - set(stored))
     named = f"{', '.join(new[:3])}{f' and {len(new) - 3} more' if len(new) > 3 else ''}" if new else "nothing"
-    return f"init_from: {len(state)} of {len(own)} weights come from {path}; new in this stage: {named}"
+    report = f"init_from: {len(stored)} of {len(own)} weights come from {path}; new in this stage: {named}"
+    return HandOver(report, frozenset(stored))
 
 
-def _without_lora(name: str) -> str:
-    """The name that a weight has in a language model without LoRA."""
-    return name.replace("lm.llm.base_model.model.", "lm.llm.").replace(".base_layer.", ".")
+def _source(path: Path) -> WeightSource:
+    """The network's weights in a checkpoint, under the network's own names."""
+    if is_sharded(path):
+        shapes = sharded_shapes(path, prefix=_PREFIX)
+        _check_some(shapes, path)
+        return WeightSource(shapes, lambda targets: fill_from_sharded(path, targets, prefix=_PREFIX))
+    return mapped_weights(model_weights(read_checkpoint(path), path))
 
 
 @dataclass(slots=True, kw_only=True)

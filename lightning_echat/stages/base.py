@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.losses import TokenLoss, ctc_loss_sum, label_loss_sum, token_loss
 from lightning_echat.metrics import MeanTokenLoss
+from lightning_echat.nn.deferred_init import DeferredInit, local
 from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
+from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
-from lightning_echat.parallel import any_rank, compile_blocks, gathered, local, reshard, sharded
+from lightning_echat.parallel import any_rank, compile_blocks, gathered, reshard, sharded
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -109,19 +112,33 @@ class EChatStage(L.LightningModule):
         """Build the network once the strategy is there; Lightning may call this more than once."""
         if self.model is not None:
             return
-        self.model = EChatModel(self.network, tokens=self.tokens, vocabulary=self.dialogue_tokenizer.vocabulary)
-        if self.init_from:
-            report = load_from(self.model, self.init_from, new_parts=self.init_new_parts)
-            rank_zero_only(sys.stdout.write)(f"{report}\n")
-        else:
-            load_pretrained_parts(self.model)
+        strategy = sharded(self._trainer)
+        # No rank of a sharded run ever holds the whole: it gets its shards first and their values after.
+        deferred = DeferredInit() if strategy is not None else None
+        with deferred or nullcontext():
+            self.model = EChatModel(self.network, tokens=self.tokens, vocabulary=self.dialogue_tokenizer.vocabulary)
         # The auxiliary heads exist for training only, so they train whatever else does.
         auxiliary = ("auxiliary.*",) if self.model.auxiliary is not None else ()
         set_trainable(self.model, (*self.trainable_patterns, *auxiliary))
         if self.compile_blocks:
             compile_blocks(self.model)
-        if (strategy := sharded(self._trainer)) is not None:
+        if strategy is not None and deferred is not None:
+            deferred.name(self.model)
             strategy.shard(self, self.model, entries=("training_step", "_validate", "_answer"))
+            deferred.fill(self.model, but=self._read_weights(self.model))
+        else:
+            self._read_weights(self.model)
+
+    def _read_weights(self, model: EChatModel) -> set[str]:
+        """From the stage before, or of the pretrained parts; returns the names of those that were read."""
+        if self.init_from:
+            came = load_from(model, self.init_from, new_parts=self.init_new_parts)
+            rank_zero_only(sys.stdout.write)(f"{came.report}\n")
+            return set(came.filled)
+        if sharded(self._trainer) is not None:
+            return read_pretrained(model, self.network)
+        load_pretrained_parts(model)
+        return set()
 
     def on_train_start(self) -> None:
         """Start an empty accumulation window, with dropout where something trains and nowhere else.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from lightning_echat.tokens.id_tensors import id_tensor
 
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz'"
 """The characters CTC spells transcripts with. Index 0 is the blank, character i of this string has index i + 1."""
@@ -18,4 +19,4 @@ def spell(transcript: str) -> Tensor:
 
     A transcript in another script yields an empty target, and the auxiliary loss does not count its clip.
     """
-    return torch.tensor([_INDEX[c] for c in transcript.lower() if c in _INDEX], dtype=torch.long)
+    return id_tensor([_INDEX[c] for c in transcript.lower() if c in _INDEX])

@@ -34,6 +34,7 @@ from lightning_echat.contracts import (
     UserError,
 )
 from lightning_echat.tokens.characters import spell
+from lightning_echat.tokens.id_tensors import id_tensor
 from lightning_echat.tokens.paralinguistics import class_indices, write_label_tags
 from lightning_echat.tokens.prompts import PromptSet, load_prompt_set
 from lightning_echat.tokens.speech_codes import codes_to_ids, interleave
@@ -81,15 +82,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @dataclass(slots=True, kw_only=True)
 class _Draft:
-    """A row under construction: ids, which of them are targets, and the clips met so far."""
+    """A row under construction: ids, and the clips met so far."""
 
     ids: list[int]
-    supervised: list[bool]
     clips: list[AudioClip]
 
-    def add(self, ids: Sequence[int], *, supervised: bool = False) -> None:
+    def add(self, ids: Sequence[int]) -> None:
         self.ids += ids
-        self.supervised += [supervised] * len(ids)
 
 
 class DialogueTokenizer:
@@ -114,6 +113,7 @@ class DialogueTokenizer:
             self._backend.no_padding()
         # Headers and instructions recur in every sample; replies do not and are encoded directly.
         self._encode_fixed = lru_cache(maxsize=4096)(self.encode)
+        self.spell_id = lru_cache(maxsize=65_536)(self._spell_id)
 
     @classmethod
     def from_config(cls, config: TokensConfig) -> DialogueTokenizer:
@@ -137,9 +137,14 @@ class DialogueTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text ids -> text, added tokens kept."""
-        known = [i for i in ids if i < len(self.tokenizer)]
+        size = len(self.tokenizer)
+        known = [i for i in ids if i < size]
         # A list of ids gives a string; the list that the annotation also allows belongs to batches.
         return str(self.tokenizer.decode(known, skip_special_tokens=False))
+
+    def _spell_id(self, id: int) -> str:
+        """The text of one id, U+FFFD where it is a part of a character. Called as `spell_id`, which remembers."""
+        return self.decode([id])
 
     def tokenize(self, sample: DialogueSample, task: DialogueTask, *, choice: int = 0) -> TokenizedDialogue:
         """The dialogue with its target: the last turn's, of the role that the task is about.
@@ -154,7 +159,7 @@ class DialogueTokenizer:
         """
         draft, target_turn, query_turn = self._prompt(sample, task, choice)
         prompt_length = len(draft.ids)
-        draft.add(self._target(target_turn, query_turn, task), supervised=True)
+        draft.add(self._target(target_turn, query_turn, task))
         return self._finish(draft, sample, task, prompt_length, query_turn, target_turn)
 
     def prompt(self, sample: DialogueSample, task: DialogueTask, *, choice: int = 0) -> TokenizedDialogue:
@@ -173,7 +178,7 @@ class DialogueTokenizer:
         if not turns:
             raise SampleRejected("no turns")
         reply = turns[-1] if turns[-1].role == "assistant" else None
-        draft = _Draft(ids=[], supervised=[], clips=[])
+        draft = _Draft(ids=[], clips=[])
         draft.add(self._encode_fixed(self.prompt_set.system[task.name]))
         if task.kind == "text_to_speech":
             # The text is spoken by the assistant's own voice, so it is the assistant's turn that is read.
@@ -229,7 +234,7 @@ class DialogueTokenizer:
             length=length,
             labels=class_indices(turn.labels),
             characters=spell(turn.text),
-            transcript_ids=torch.tensor(self.encode(turn.text), dtype=torch.long),
+            transcript_ids=id_tensor(self.encode(turn.text)),
         )
         draft.clips.append(clip)
         draft.add([self.vocabulary.audio_placeholder] * length)
@@ -284,7 +289,7 @@ class DialogueTokenizer:
         query: Turn | None,
         target: Turn | None,
     ) -> TokenizedDialogue:
-        input_ids, labels = _shift(draft)
+        input_ids, labels = _shift(draft.ids, prompt_length)
         reply = target if target is not None and target.role == "assistant" else None
         reference = DialogueReference(
             key=sample.key,
@@ -310,16 +315,16 @@ class DialogueTokenizer:
         )
 
 
-def _shift(draft: _Draft) -> tuple[Tensor, Tensor]:
+def _shift(row: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
     """Inputs and the id to predict after each. The last id is never read, only predicted, so it is no input.
 
     A prompt, which supervises nothing, keeps all its ids.
     """
-    ids = torch.tensor(draft.ids, dtype=torch.long)
-    if not any(draft.supervised):
+    ids = id_tensor(row)
+    if prompt_length == len(row):
         return ids, torch.full_like(ids, IGNORE_INDEX)
-    supervised = torch.tensor(draft.supervised)
-    labels = torch.where(supervised, ids, IGNORE_INDEX)
+    labels = ids.clone()
+    labels[:prompt_length] = IGNORE_INDEX
     return ids[:-1], labels[1:]
 
 

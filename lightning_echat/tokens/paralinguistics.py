@@ -10,10 +10,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_echat.contracts import IGNORE_INDEX
+from lightning_echat.tokens.id_tensors import id_tensor
 
 LABEL_SETS: dict[str, tuple[str, ...]] = {
     "age": ("child", "adult", "old"),
@@ -77,5 +77,6 @@ def parse_label_tags(text: str, asked_labels: Sequence[str]) -> tuple[str, dict[
 
 def class_indices(labels: Mapping[str, str]) -> Tensor:
     """Labels -> [L] int64 class index per label set in the order of `LABEL_SETS`, IGNORE_INDEX where absent."""
-    indices = [LABEL_SETS[name].index(labels[name]) if name in labels else IGNORE_INDEX for name in LABEL_SETS]
-    return torch.tensor(indices, dtype=torch.long)
+    return id_tensor(
+        [known.index(labels[name]) if name in labels else IGNORE_INDEX for name, known in LABEL_SETS.items()]
+    )

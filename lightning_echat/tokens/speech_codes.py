@@ -19,12 +19,13 @@ SPEECH_CHUNK = 18
 
 def codes_to_ids(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
     """[n] speech codes -> [n + 2] ids with the boundary on both sides; `SampleRejected` for a code out of range."""
-    if codes.numel() == 0:
+    values: list[int] = codes.tolist()
+    if not values:
         raise SampleRejected("no speech codes")
-    if int(codes.min()) < 0 or int(codes.max()) >= vocabulary.codebook_size:
+    if min(values) < 0 or max(values) >= vocabulary.codebook_size:
         raise SampleRejected("speech code out of range", f"codes must lie in [0, {vocabulary.codebook_size})")
-    boundary = vocabulary.speech_boundary
-    return [boundary, *(codes + vocabulary.first_code).tolist(), boundary]
+    boundary, first = vocabulary.speech_boundary, vocabulary.first_code
+    return [boundary, *(first + value for value in values), boundary]
 
 
 def ids_to_codes(ids: list[int], vocabulary: Vocabulary) -> Tensor:
@@ -43,3 +44,14 @@ def interleave(text_ids: list[int], speech_ids: list[int]) -> list[int]:
         text_at += TEXT_CHUNK
         speech_at += SPEECH_CHUNK
     return mixed
+
+
+def repetition_rate(codes: Tensor, *, length: int = 4) -> float:
+    """Share of the runs of `length` codes that have occurred before in the same answer; 0 where there are too few.
+
+    It is seq-rep-n of the text generation literature: 0 for no run twice, near 1 for a decoder that is stuck.
+    """
+    if codes.numel() < length:
+        return 0.0
+    runs = codes.unfold(0, length, 1)
+    return 1.0 - len(runs.unique(dim=0)) / len(runs)

@@ -31,8 +31,8 @@ def sync(folder: Path) -> None:
     stages = [path.parent for path in sorted(folder.rglob(FILE))]
     if not pieces and not stages:
         raise UserError(f"{folder}: holds no offline W&B run")
-    # What trains offline by default must not keep this command from W&B.
-    environment = {**os.environ, "WANDB_MODE": "online"}
+    # What trains offline by default must not keep this command from W&B, whose log goes where its runs are.
+    environment = {**os.environ, "WANDB_MODE": "online", "WANDB_DIR": str(folder.absolute())}
     new = [piece for piece in pieces if not _marker(piece).exists()]
     for pieces_of_runs in _rounds(new):
         for piece in pieces_of_runs:

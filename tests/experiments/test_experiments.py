@@ -18,7 +18,7 @@ from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.speech_adapter import SpeechAdapterConfig
 from lightning_echat.nn.speech_encoder import SpeechEncoderConfig
 from lightning_echat.nn.speech_language_model import LanguageModelConfig
-from lightning_echat.recipe import load_recipe
+from lightning_echat.recipes.recipe_file import load_recipe
 from lightning_echat.tokens.dialogue_template import TokensConfig
 from lightning_echat.tokens.vocabulary import Vocabulary
 

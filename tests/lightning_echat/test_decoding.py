@@ -1,18 +1,19 @@
 """One decoder for all tasks: what it may write, and that batches, packing and the cache change nothing."""
 
-import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_echat.contracts import IGNORE_INDEX, GeneratedReply, PackedBatch
+from lightning_echat.contracts import IGNORE_INDEX, GeneratedReply, PackedBatch, UserError
 from lightning_echat.data.batching import collate
-from lightning_echat.decoding import DecodingConfig, _Writers, extract_prompts, generate
+from lightning_echat.decoding import DecodingConfig, Generation, extract_prompts, generate
 from lightning_echat.nn.echat_model import EChatModel
+from lightning_echat.sampling import SamplingConfig
 from lightning_echat.testing import dummy_batch, tiny_model
-from lightning_echat.tokens.speech_codes import SPEECH_CHUNK, TEXT_CHUNK, interleave
+from lightning_echat.tokens.speech_codes import SPEECH_CHUNK, TEXT_CHUNK
 from lightning_echat.tokens.tasks import ALL_TASK_NAMES, task_from_name
 
 TASKS = [task_from_name(name, labels=("age", "emotion")) for name in ALL_TASK_NAMES]
@@ -81,156 +82,6 @@ def test_each_prompt_is_that_of_a_dialogue_without_target(tokenizer):
     assert [[row, place] for row, start, length in spans for place in range(start, start + length)] == placeholders
 
 
-class Scripted:
-    """Stands for the heads: wants at every step an id of its own choosing, which the layout may refuse."""
-
-    def __init__(self, tokenizer, *, text: str | None = None, seed: int = 0, boundary_after: int = 40) -> None:
-        self.vocabulary = tokenizer.vocabulary
-        self.script = [*tokenizer.encode(text), self.vocabulary.end_of_text] if text is not None else None
-        self.random = random.Random(seed)
-        self.boundary_after = boundary_after
-        self.written_text = 0
-        self.written_speech = 0
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        text = torch.zeros(1, self.vocabulary.text_size)
-        speech = torch.zeros(1, self.vocabulary.speech_size)
-        if self.script is None:
-            wanted = self.random.choice([self.vocabulary.end_of_text, *range(40, 80)])
-        else:
-            wanted = self.script[min(self.written_text, len(self.script) - 1)]
-        text[0, wanted] = 1
-        over = self.written_speech > self.boundary_after
-        speech[0, self.vocabulary.speech_size - 1 if over else self.random.randrange(64)] = 1
-        return text, speech
-
-
-def write(tokenizer, task_name: str, script: Scripted, config: DecodingConfig) -> tuple[list[int], GeneratedReply]:
-    """Let a script answer a task; the ids written and the reply made of them."""
-    batch = dummy_batch(tokenizer, [task_from_name(task_name, labels=("age",))])
-    writers = _Writers(extract_prompts(batch, padding=0), tokenizer, config)
-    ids: list[int] = []
-    while not bool(writers.done.all()):
-        ids.append(int(writers.next_ids(*script.logits())))
-        is_text = ids[-1] < tokenizer.vocabulary.text_size
-        script.written_text += is_text
-        script.written_speech += not is_text
-    return ids, writers.replies({})[0]
-
-
-def kinds(ids: list[int], tokenizer) -> str:
-    """t text, e end of text, c code, b boundary."""
-    vocabulary = tokenizer.vocabulary
-    named = {vocabulary.end_of_text: "e", vocabulary.speech_boundary: "b"}
-    return "".join(named.get(i, "t" if i < vocabulary.text_size else "c") for i in ids)
-
-
-@pytest.mark.parametrize("task", ["transcribe", "label", "text_to_text", "speech_to_text.natural_thinking"])
-def test_written_answers_end_with_the_end_of_text(tokenizer, task):
-    ids, reply = write(tokenizer, task, Scripted(tokenizer, text="hello"), DecodingConfig())
-    assert kinds(ids, tokenizer) == "ttttte"
-    assert reply.text == "hello" and reply.finished and reply.speech_codes.numel() == 0
-
-
-@pytest.mark.parametrize("task", ["speech_to_speech", "speech_to_speech.label_thinking"])
-def test_spoken_answers_are_text_then_codes_between_boundaries(tokenizer, task):
-    text = "<think>words<think end>yes"
-    ids, reply = write(tokenizer, task, Scripted(tokenizer, text=text, boundary_after=30), DecodingConfig())
-    assert kinds(ids, tokenizer) == "t" * len(text) + "e" + "b" + "c" * 30 + "b"
-    assert reply.text == text and reply.finished
-    first = tokenizer.vocabulary.first_code
-    assert reply.speech_codes.tolist() == [i - first for i in ids[len(text) + 2 : -1]]
-
-
-def test_reading_aloud_writes_codes_alone(tokenizer):
-    ids, reply = write(tokenizer, "text_to_speech", Scripted(tokenizer, boundary_after=4), DecodingConfig())
-    assert kinds(ids, tokenizer) == "bccccb"
-    assert reply.text == "" and len(reply.speech_codes) == 4 and reply.finished
-
-
-@pytest.mark.parametrize(
-    ("letters", "codes", "expected"),
-    [
-        # 8 letters and the end: 6 + 3. Once the text is over nothing interrupts the codes.
-        (8, 40, "tttttt" + "b" + 17 * "c" + "tte" + 23 * "c" + "b"),
-        # 5 letters and the end fill one chunk.
-        (5, 40, "ttttte" + "b" + 40 * "c" + "b"),
-        # The codes end inside their first chunk; the text goes on alone.
-        (14, 3, "tttttt" + "bcccb" + 8 * "t" + "e"),
-    ],
-)
-@pytest.mark.parametrize("task", ["speech_to_speech.interleaved", "text_to_speech.interleaved"])
-def test_interleaved_answers_take_six_and_eighteen_in_turn(tokenizer, task, letters, codes, expected):
-    script = Scripted(tokenizer, text="x" * letters, boundary_after=codes)
-    ids, _ = write(tokenizer, task, script, DecodingConfig())
-    assert kinds(ids, tokenizer) == expected
-
-
-@pytest.mark.parametrize("form", ["label", "natural"])
-def test_interleaving_starts_behind_the_thinking(tokenizer, form):
-    thinking = "<think>a <woman> says: hi; i think<think end>"
-    script = Scripted(tokenizer, text=thinking + "x" * 8, boundary_after=20)
-    ids, reply = write(tokenizer, f"speech_to_speech.{form}_thinking.interleaved", script, DecodingConfig())
-    spoken = "tttttt" + "b" + 17 * "c" + "tte" + 3 * "c" + "b"
-    assert kinds(ids, tokenizer) == "t" * len(thinking) + spoken
-    assert reply.text == thinking + "x" * 8
-
-
-def test_thinking_that_is_never_closed_is_followed_by_speech(tokenizer):
-    script = Scripted(tokenizer, text="<think>for ever and ever", boundary_after=2)
-    ids, reply = write(tokenizer, "speech_to_speech.label_thinking.interleaved", script, DecodingConfig())
-    assert kinds(ids, tokenizer) == "t" * 24 + "e" + "bccb"
-    assert reply.finished
-
-
-@pytest.mark.parametrize("name", ALL_TASK_NAMES)
-@pytest.mark.parametrize("seed", range(6))
-def test_answers_keep_their_layout_whatever_the_heads_want(tokenizer, name, seed):
-    script = Scripted(tokenizer, seed=seed, boundary_after=5 * seed)
-    ids, reply = write(tokenizer, name, script, DecodingConfig(max_text_ids=30, max_speech_ids=50))
-    written = kinds(ids, tokenizer)
-    text, speech = [k for k in written if k in "te"], [k for k in written if k in "cb"]
-    assert "e" not in text[:-1] and len(text) <= 30 and len(speech) <= 50
-    assert [k == "b" for k in speech] == [place in (0, len(speech) - 1) for place in range(len(speech))] or (
-        not reply.finished and "b" not in speech[1:]
-    )
-    if reply.finished:
-        assert (text[-1:] == ["e"]) is (name != "text_to_speech")
-        assert bool(speech) is ("to_speech" in name)
-    if "interleaved" in name and "thinking" not in name:
-        # The very order that is trained on.
-        is_text = [i < tokenizer.vocabulary.text_size for i in ids]
-        in_order = interleave(
-            [i for i, of_text in zip(ids, is_text, strict=True) if of_text],
-            [i for i, of_text in zip(ids, is_text, strict=True) if not of_text],
-        )
-        assert not reply.finished or ids == in_order
-    else:
-        assert written == "".join([*text, *speech])
-
-
-@pytest.mark.parametrize(
-    ("task", "limits", "expected"),
-    [
-        ("text_to_text", {"max_text_ids": 4}, "tttt"),
-        ("speech_to_speech", {"max_text_ids": 4}, "tttt"),
-        ("speech_to_speech", {"max_speech_ids": 6}, "tttttebccccc"),
-        ("text_to_speech", {"max_speech_ids": 6}, "bccccc"),
-        ("speech_to_speech.interleaved", {"max_speech_ids": 3}, "tttttebcc"),
-    ],
-)
-def test_a_length_limit_cuts_the_answer_and_says_so(tokenizer, task, limits, expected):
-    ids, reply = write(tokenizer, task, Scripted(tokenizer, text="hello"), DecodingConfig(**limits))
-    assert kinds(ids, tokenizer) == expected
-    assert not reply.finished
-
-
-def test_an_answer_that_just_fits_is_finished(tokenizer):
-    script = Scripted(tokenizer, text="hello", boundary_after=4)
-    _, reply = write(tokenizer, "speech_to_speech", script, DecodingConfig(max_text_ids=6, max_speech_ids=6))
-    assert reply.finished and len(reply.speech_codes) == 4
-
-
 @pytest.mark.parametrize("name", ["speech_to_text.label_thinking", "speech_to_speech.interleaved", "text_to_speech"])
 @torch.no_grad()
 def test_every_step_of_the_cache_is_a_full_pass(tokens, tokenizer, name):
@@ -273,23 +124,118 @@ def test_an_empty_batch_has_no_answers(model, tokenizer):
     assert generate(model, collate([], padding=0), tokenizer, SHORT) == []
 
 
+WARM = SamplingConfig(temperature=1.5)
+SAMPLED = replace(SHORT, thinking=WARM, text=WARM, speech=WARM, seed=3)
+
+
 def test_sampling_follows_from_its_seed(tokens, tokenizer):
     model, batch = lively(tokens), dummy_batch(tokenizer, TASKS[:4])
-    warm = replace(SHORT, temperature=1.5, seed=3)
-    first = said(generate(model, batch, tokenizer, warm))
+    first = said(generate(model, batch, tokenizer, SAMPLED))
     torch.manual_seed(99)
-    assert said(generate(model, batch, tokenizer, warm)) == first
-    assert said(generate(model, batch, tokenizer, replace(warm, seed=4))) != first
-    assert said(generate(model, batch, tokenizer, replace(warm, top_k=1))) == said(
+    assert said(generate(model, batch, tokenizer, SAMPLED)) == first
+    assert said(generate(model, batch, tokenizer, replace(SAMPLED, seed=4))) != first
+    best = SamplingConfig(temperature=1.5, top_k=1)
+    assert said(generate(model, batch, tokenizer, replace(SAMPLED, thinking=best, text=best, speech=best))) == said(
         generate(model, batch, tokenizer, SHORT)
     )
 
 
-def test_sampling_keeps_to_the_best_k(tokenizer):
-    prompts = extract_prompts(dummy_batch(tokenizer, TASKS[:1]), padding=0)
-    writers = _Writers(prompts, tokenizer, DecodingConfig(temperature=5.0, top_k=3))
-    drawn = {int(writers._choose(torch.arange(10.0)[None])) for _ in range(200)}
-    assert drawn == {7, 8, 9}
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_what_an_item_draws_does_not_depend_on_its_neighbours(tokens, tokenizer, penalty):
+    model = lively(tokens)
+    drawn = SamplingConfig(temperature=1.5, top_p=0.9, repetition_penalty=penalty)
+    config = replace(SAMPLED, thinking=drawn, text=drawn, speech=drawn)
+    together = said(generate(model, dummy_batch(tokenizer, TASKS), tokenizer, config))
+    for number in (0, 4, 8, len(TASKS) - 1):
+        alone = generate(model, dummy_batch(tokenizer, [TASKS[number]], first=number), tokenizer, config)
+        assert said(alone)[0] == together[number]
+
+
+def test_each_phase_is_sampled_as_its_own_options_say(tokens, tokenizer):
+    names = ["text_to_speech", "text_to_text", "speech_to_text.label_thinking"]
+    model, batch = lively(tokens), dummy_batch(tokenizer, [task_from_name(name) for name in names])
+    best = said(generate(model, batch, tokenizer, SHORT))
+    # An untrained model does not close its thinking, so all that its third answer holds is thinking.
+    for phase, changed in (("speech", 0), ("text", 1), ("thinking", 2)):
+        drawn = said(generate(model, batch, tokenizer, replace(SHORT, **{phase: SamplingConfig(temperature=2.0)})))
+        assert [ours != theirs for ours, theirs in zip(drawn, best, strict=True)] == [i == changed for i in range(3)]
+
+
+def test_the_penalty_stops_codes_from_repeating_and_silence_is_exempt(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("text_to_speech")])
+    with torch.no_grad():
+        # Code 0 is always the best, then 1, 2, …; the boundary is the last.
+        model.lm.speech_head.weight.zero_()
+        model.lm.speech_head.bias.copy_(torch.linspace(1.0, 0.5, 65))
+
+    def codes(**options) -> list[int]:
+        return generate(model, batch, tokenizer, replace(SHORT, **options))[0].speech_codes.tolist()
+
+    assert codes() == [0] * 29
+    strict = SamplingConfig(repetition_penalty=10.0, repetition_window=40)
+    assert codes(speech=strict) == list(range(29))
+    assert codes(speech=strict, silence_codes=(2,)) == [0, 1] + [2] * 27
+    # What has left the window is free again.
+    assert codes(speech=replace(strict, repetition_window=3)) == [n % 4 for n in range(29)]
+
+
+def test_a_silence_code_outside_the_codebook_is_refused(model, tokenizer):
+    with pytest.raises(UserError, match=r"silence_codes: 64 .* 0 to 63"):
+        generate(model, dummy_batch(tokenizer, TASKS[:1]), tokenizer, replace(SHORT, silence_codes=(64,)))
+
+
+def test_requests_in_threads_are_answered_as_alone(tokens, tokenizer):
+    model = lively(tokens)
+    batches = [dummy_batch(tokenizer, TASKS, first=50 * number) for number in range(3)]
+    alone = [said(generate(model, batch, tokenizer, SAMPLED)) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda batch: said(generate(model, batch, tokenizer, SAMPLED)), batches))
+    assert together == alone
+
+
+def test_rows_that_are_done_leave_the_batch(tokens, tokenizer):
+    """Written answers end before spoken ones begin to: from then on the language model reads fewer rows."""
+    model = lively(tokens)
+    names = ["text_to_speech", "label", "label", "label"]
+    batch = dummy_batch(tokenizer, [task_from_name(name, labels=("age",)) for name in names])
+    rows: list[int] = []
+    handle = model.lm.causal_lm.get_decoder().register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    replies = generate(model, batch, tokenizer, replace(SHORT, max_text_ids=5))
+    handle.remove()
+    assert rows[:5] == [4] * 5 and rows[-1] == 1
+    alone = generate(model, dummy_batch(tokenizer, [task_from_name("text_to_speech")]), tokenizer, SHORT)
+    assert said(replies)[0] == said(alone)[0]
+
+
+def test_ranks_that_must_go_on_take_a_step_each_time(tokens, tokenizer):
+    """A rank whose rows are done makes the forward calls of the longest among the ranks, and its answers stay."""
+    model, batch = lively(tokens), dummy_batch(tokenizer, TASKS[:2])
+    expected = said(generate(model, batch, tokenizer, SHORT))
+    passes: list[bool] = []
+    handle = model.lm.causal_lm.get_decoder().register_forward_hook(lambda *_: passes.append(True))
+    asked: list[bool] = []
+
+    def goes_on(writing: bool) -> bool:
+        asked.append(writing)
+        return len(asked) <= 90
+
+    replies = generate(model, batch, tokenizer, SHORT, goes_on=goes_on)
+    handle.remove()
+    assert not asked[-1] and len(passes) == 90
+    assert said(replies) == expected
+
+
+def test_a_generation_can_be_watched_step_by_step(tokens, tokenizer):
+    model, batch = lively(tokens), dummy_batch(tokenizer, TASKS[-1:])
+    generation = Generation(model, batch, tokenizer, SHORT)
+    lengths = []
+    while not generation.done:
+        generation.step()
+        lengths.append(len(generation.writers[0].written.ids))
+    assert lengths == list(range(1, len(lengths) + 1))
+    assert said(generation.replies()) == said(generate(model, batch, tokenizer, SHORT))
 
 
 def test_timings_are_told(model, tokenizer):

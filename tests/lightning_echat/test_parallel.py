@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint import filesystem
 
 from callbacks.empathy_evaluation import EmpathyEvaluation
 from callbacks.paralinguistic_accuracy import ParalinguisticAccuracy
@@ -406,14 +409,28 @@ class StopMe(Callback):
 
 
 class FullDisk(Callback):
-    """From the second step on, no room for more than the few bytes of a log, on one rank."""
+    """From the second step on, writing of shards fails on one rank.
+
+    Args:
+        how: The kernel's limit of a file's size, which torch's own writer runs into; or the error of a full disk.
+    """
+
+    def __init__(self, how: Literal["limit", "error"]) -> None:
+        self.how = how
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == 2 and trainer.global_rank == 1:
-            import resource
-
+        if trainer.global_step != 2 or trainer.global_rank != 1:
+            return
+        if self.how == "limit":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        else:
+            patched: Any = filesystem
+            patched._write_item = no_space
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def train_disturbed(
@@ -457,13 +474,14 @@ def test_a_job_that_is_asked_to_stop_saves_first(tmp_path, tokens):
 
 
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "in the background"])
-def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens, background):
+@pytest.mark.parametrize(("how", "said"), [("limit", "File too large"), ("error", "No space left on device")])
+def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, tokens, background, how, said):
     """A rank that fails to write alone would leave the others waiting, or its half checkpoint in place of a whole."""
-    statuses = statuses_of_ranks(train_disturbed, tokens, tmp_path, FullDisk(), LIMIT, background, within=240)
-    assert statuses == [3, 3]
+    disk = FullDisk(how)
+    assert statuses_of_ranks(train_disturbed, tokens, tmp_path, disk, LIMIT, background, within=240) == [3, 3]
     for rank in (0, 1):
-        said = (tmp_path / f"said{rank}").read_text()
-        assert said.startswith("cannot save checkpoint") and "rank 1: " in said and "File too large" in said, said
+        line = (tmp_path / f"said{rank}").read_text()
+        assert line.startswith("cannot save checkpoint") and "rank 1: " in line and said in line, line
     assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
     assert load_trained(tmp_path).step == 1
 
@@ -471,4 +489,11 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, to
 def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path, tokens):
     trainer = make_trainer(tmp_path, strategy=ShardedStrategy(replicas=3), devices=1)
     with pytest.raises(UserError, match="does not divide the 1 processes"):
+        trainer.fit(make_stage(tokens), train_dataloaders=[])
+
+
+def test_a_strategy_that_would_have_every_rank_train_by_itself_is_refused(tmp_path, tokens):
+    """Lightning's own is tensor parallel by default, and would train whole networks that never meet."""
+    trainer = make_trainer(tmp_path, strategy=ModelParallelStrategy(1, 1), devices=1)
+    with pytest.raises(UserError, match=r"use lightning_echat\.parallel\.ShardedStrategy"):
         trainer.fit(make_stage(tokens), train_dataloaders=[])

@@ -166,7 +166,7 @@ def test_our_own_reading_is_bit_for_bit_from_one_file_or_many(run, tmp_path, siz
 
 def test_a_stage_takes_a_folder_as_the_one_before(folder, tokens):
     model = tiny_model(tokens, network=tiny_network_config(auxiliary_labels=["emotion"], depthwise_kernel=3), seed=1)
-    report = load_from(model, folder, new_parts=())
+    report = load_from(model, folder, new_parts=()).report
     assert_same(model, load_trained(folder).model)
     assert "new in this stage: nothing" in report
 

@@ -36,7 +36,7 @@ def test_a_machine_too_small_for_anything_is_one_line():
 
 
 def fake_fit(monkeypatch, code):
-    monkeypatch.setattr(module, "_FIT", code)
+    monkeypatch.setattr(module, "_FIT", ("-c", code))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_a_launcher_around_the_command_is_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_real_configuration_is_tried_by_training_it(tmp_path, capsys):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_real_configuration_is_tried_by_training_it(tmp_path, capsys, devices):
     from dataclasses import asdict
 
     from lightning_echat.testing import tiny_network_config, tiny_tokens_config, write_dummy_shards
@@ -77,7 +78,7 @@ def test_a_real_configuration_is_tried_by_training_it(tmp_path, capsys):
     shards = write_dummy_shards(tmp_path / "shards")
     plain = lambda config: yaml.safe_load(yaml.safe_dump(_plain(asdict(config))))  # noqa: E731
     content = {
-        "trainer": {"accelerator": "cpu", "devices": 1},
+        "trainer": {"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto"},
         "model": {
             "class_path": "lightning_echat.stages.understanding.UnderstandingStage",
             "init_args": {"tokens": plain(tiny_tokens_config(tmp_path / "t")), "network": plain(tiny_network_config())},

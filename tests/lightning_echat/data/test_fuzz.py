@@ -10,6 +10,7 @@ from random import Random
 import pytest
 
 from lightning_echat.contracts import SampleRejected
+from lightning_echat.data import tar_samples
 from lightning_echat.data.decoding import parse_dialogue, with_audio
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.tar_samples import MAX_MEMBER_BYTES, samples_in
@@ -183,3 +184,21 @@ def test_a_member_that_claims_to_be_huge_costs_nothing_and_is_counted(size):
     file = io.BytesIO(claim_size(buffer.getvalue(), size, header=2))
     assert [sample.key for sample in samples_in(file, shard="a.tar", counter=counter)] == ["a"]
     assert counter.noticed["unusable member"] == counter.noticed["damaged shard"] == 1
+
+
+def test_a_header_read_the_quick_way_is_what_tarfile_reads():
+    random = Random(2)
+    plain = 0
+    for _ in range(3000):
+        info = tarfile.TarInfo(random.choice(["a.json", "é.0.wav", "x" * 100, "p" * 50 + "/" + "y" * 80, "d/"]))
+        form = random.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+        info.size = random.choice([0, 5, 0o77777777777, *([2**40] if form == tarfile.GNU_FORMAT else [])])
+        block = bytearray(info.tobuf(form)[-512:])
+        for _ in range(random.choice([0, 0, 1, 2])):
+            block[random.choice([random.randrange(512), 124, 134, 148, 156, 345])] = random.randrange(256)
+        found = tar_samples._plain_header(bytes(block))
+        if found is not None:
+            plain += 1
+            expected = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+            assert found == (expected.name, expected.type, expected.size)
+    assert plain > 500

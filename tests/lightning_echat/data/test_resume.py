@@ -234,13 +234,22 @@ def test_a_shard_that_has_lost_a_sample_is_named(tokens, tmp_path):
         some(training(tokens, [source(folder)], position=first.position, **options()), 1)
 
 
+def test_a_shard_that_holds_other_samples_in_the_same_places_is_named(tokens, tmp_path):
+    folder = write_dummy_shards(tmp_path, shards=1, samples_per_shard=9)
+    first = training(tokens, [source(folder)], **options())
+    some(first, 1)
+    write_dummy_shards(tmp_path, shards=1, samples_per_shard=9, first=100)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: sample \d+, which the checkpoint .* is another one now"):
+        some(training(tokens, [source(folder)], position=first.position, **options()), 1)
+
+
 def test_a_state_is_under_a_megabyte():
     # Full buffers of the default sizes, of five sources of 100,000 shards, on 8 ranks of 4 workers.
     default = BatchingConfig()
     random = torch.Generator().manual_seed(0)
 
     def refs(count, *before):
-        columns = [100_000, 1000, 1, 3]
+        columns = [100_000, 1000, 1, 3, 2**16]
         drawn = [torch.randint(high, (count,), generator=random).tolist() for high in (*before, *columns)]
         return pack_refs(zip(*drawn, strict=True))
 

@@ -55,7 +55,7 @@ def script(monkeypatch: pytest.MonkeyPatch, text: str, codes: int = 5) -> list[P
     """Let the model say `text` to everything; the prompts that it is given."""
     asked: list[PackedBatch] = []
 
-    def say(model, batch: PackedBatch, tokenizer, config) -> list[GeneratedReply]:
+    def say(model, batch: PackedBatch, tokenizer, config, **_) -> list[GeneratedReply]:
         asked.append(batch)
         return [
             GeneratedReply(
@@ -84,6 +84,32 @@ def test_a_question_in_speech_has_an_answer_in_speech(tmp_path, checkpoint, ques
     assert answer["finished"] is False
     assert set(answer["timings"]) == {"features", "prefill", "total", "token2wav"}
     assert [path.name for path in out.parent.iterdir()] == ["answer.wav"]
+
+
+@pytest.mark.parametrize("layout", ["sequential", "interleaved"])
+def test_a_streamed_answer_is_told_as_it_comes_and_is_the_same(tmp_path, checkpoint, questions, capsys, layout):
+    options: dict = {"thinking": "none", "decoding": CUT, "layout": layout}
+    chat(checkpoint, questions, tmp_path / "whole.wav", json=True, **options)
+    whole = json.loads(capsys.readouterr().out)["turns"]
+    chat(checkpoint, questions, tmp_path / "streamed.wav", json=True, stream=True, **options)
+    streamed = json.loads(capsys.readouterr().out)["turns"]
+    for one, other in zip(whole, streamed, strict=True):
+        assert (one["text"], one["seconds"], one["finished"]) == (other["text"], other["seconds"], other["finished"])
+        assert one["stream"] == {} and other["stream"]["timing"]["codes"] == 19
+        sound = [event["samples"] for event in other["stream"]["events"] if event["kind"] == "audio"]
+        assert len(sound) == 2 and sum(sound) == 19 * 640
+        assert other["stream"]["timing"]["first_audio"] > other["stream"]["timing"]["first_code"] > 0
+        assert soundfile.info(other["audio"]).frames == 19 * 640
+    first, second = (turn["stream"]["timing"] for turn in streamed)
+    assert first["reused_ids"] == 0 < second["reused_ids"]
+
+
+def test_streamed_events_are_printed_in_their_order(tmp_path, checkpoint, questions, capsys):
+    chat(checkpoint, questions[:1], tmp_path / "answer.wav", stream=True, thinking="none", decoding=CUT)
+    shown = capsys.readouterr().out
+    places = [shown.index(words) for words in ("as it comes", "codes     ", "audio     ", "done", "reply", "stream  ")]
+    assert places == sorted(places)
+    assert "0.40 s of sound" in shown and "first sound after" in shown and "stalls" in shown
 
 
 def test_the_same_question_has_the_same_answer(tmp_path, checkpoint, questions):

@@ -147,6 +147,19 @@ def test_speech_counts_the_silent_and_the_cut_short(make_record):
     assert summary["seconds_of_audio"] == 1.0
 
 
+def test_speech_has_rates_of_truncation_repetition_and_duration(make_record):
+    records = [make_record("a", codes=25), make_record("b", codes=75), make_record("c", finished=False)]
+    records[0].repetition = 0.2
+    summary = summarize_speech(records)
+    assert summary["truncation_rate"] == pytest.approx(1 / 3)
+    # A stuck decoder's 75 codes are 72 runs of four, all alike.
+    assert summary["repetition_rate"] == pytest.approx((0.2 + 71 / 72) / 2)
+    assert summary["seconds_per_reply"] == pytest.approx(2.0)
+    nothing = summarize_speech([make_record("a")])
+    assert math.isnan(nothing["repetition_rate"]) and math.isnan(nothing["seconds_per_reply"])
+    assert math.isnan(summarize_speech([])["truncation_rate"])
+
+
 def test_the_report_of_an_empty_evaluation_says_null_and_no_good_number(tmp_path):
     report = summarize(understanding=[], dialogues=[], controls={"text_only": []}, seed=0)
     write_report_json(tmp_path / "run" / "report.json", report)

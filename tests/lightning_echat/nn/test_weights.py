@@ -29,7 +29,7 @@ def test_a_trained_model_is_built_and_filled_from_its_checkpoint_alone(tmp_path,
 
 def test_a_hand_over_gives_the_next_stage_the_same_weights(tmp_path, tokens):
     before, after = tiny_model(tokens, seed=1), tiny_model(tokens, seed=2)
-    report = load_from(after, save_tiny_checkpoint(tmp_path / "a.ckpt", before, tokens), new_parts=())
+    report = load_from(after, save_tiny_checkpoint(tmp_path / "a.ckpt", before, tokens), new_parts=()).report
     assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in after.state_dict().items())
     size = len(before.state_dict())
     assert f"{size} of {size} weights" in report
@@ -45,7 +45,7 @@ def test_what_is_missing_must_be_announced(tmp_path, tokens):
     ) as told:
         load_from(grown, path, new_parts=())
     assert "\n" not in str(told.value)
-    report = load_from(grown, path, new_parts=("auxiliary.*",))
+    report = load_from(grown, path, new_parts=("auxiliary.*",)).report
     assert torch.equal(grown.get_parameter("auxiliary.characters.weight"), fresh)
     assert torch.equal(grown.encoder.conv1.weight, tiny_model(tokens, seed=1).encoder.conv1.weight)
     assert "new in this stage: auxiliary." in report

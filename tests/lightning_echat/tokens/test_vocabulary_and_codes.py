@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_echat.contracts import SampleRejected, UserError
-from lightning_echat.tokens.speech_codes import codes_to_ids, ids_to_codes, interleave
+from lightning_echat.tokens.speech_codes import codes_to_ids, ids_to_codes, interleave, repetition_rate
 from lightning_echat.tokens.speech_timing import num_embeddings
 from lightning_echat.tokens.vocabulary import Vocabulary
 
@@ -86,3 +86,11 @@ def test_embeddings_of_an_utterance_round_up_at_every_stride():
     assert [num_embeddings(frames, (2, 2, 2)) for frames in (0, 1, 8, 9, 300)] == [0, 1, 1, 2, 38]
     lengths = torch.tensor([0, 1, 8, 9, 300])
     assert num_embeddings(lengths, (2, 2, 2)).tolist() == [0, 1, 1, 2, 38]
+
+
+def test_repetition_is_the_share_of_runs_that_came_before():
+    assert repetition_rate(torch.arange(20)) == 0.0
+    assert repetition_rate(torch.zeros(20, dtype=torch.long)) == pytest.approx(16 / 17)
+    # 1 2 3 4 stands twice among seven runs.
+    assert repetition_rate(torch.tensor([1, 2, 3, 4, 0, 1, 2, 3, 4, 5])) == pytest.approx(1 / 7)
+    assert repetition_rate(torch.tensor([1, 1, 1])) == 0.0

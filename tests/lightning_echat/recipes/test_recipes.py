@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_echat import recipe as recipes
 from lightning_echat.contracts import UserError
-from lightning_echat.recipe import Recipe, Step, fingerprints, load_recipe, read_state, run_recipe
+from lightning_echat.recipes import run_recipe as run_recipe_module
+from lightning_echat.recipes import step_run
+from lightning_echat.recipes.fingerprints import fingerprints
+from lightning_echat.recipes.recipe_file import Recipe, Step, load_recipe
+from lightning_echat.recipes.run_recipe import run_recipe
+from lightning_echat.recipes.step_run import alone_in, read_state, write_state
 
 RECIPE = {
     "vars": {"out": "run", "word": "hello", "corpus": "${vars.out}/corpus"},
@@ -51,8 +55,8 @@ def toy_command(args: list[str]) -> None:
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # What these children need is imported once; a source tree that others edit must not decide what is stale.
-    monkeypatch.setattr(recipes, "_PRELOADED", ("lightning_echat.recipe",))
-    monkeypatch.setattr(recipes, "code_fingerprint", lambda: "code")
+    monkeypatch.setattr(step_run, "PRELOADED", ("lightning_echat.recipes.run_recipe",))
+    monkeypatch.setattr(run_recipe_module, "code_fingerprint", lambda: "code")
     Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     Path("train.yaml").write_text("steps: 3")
 
@@ -185,7 +189,7 @@ def test_a_stale_folder_is_moved_aside_and_an_unfinished_one_is_kept() -> None:
     # The same settings, stopped halfway: nothing is moved and the seconds add up.
     state = read_state(Path("run"), "train")
     assert state is not None
-    recipes.write_state(Path("run"), "train", replace(state, status="unfinished", seconds=100.0))
+    write_state(Path("run"), "train", replace(state, status="unfinished", seconds=100.0))
     Path("run/train/halfway.ckpt").write_text("")
     assert run() == ["copy"]
     assert Path("run/train/halfway.ckpt").exists()
@@ -218,12 +222,12 @@ def test_a_signal_stops_the_child_and_leaves_the_state_right(number: int, tmp_pa
     content = {"vars": {"out": "run"}, "steps": [{"name": "long", "command": ["sleep"]}]}
     Path("recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     code = (
-        "from pathlib import Path; from lightning_echat import recipe\n"
-        "from tests.lightning_echat import test_recipe as t\n"
-        "recipe._PRELOADED = ()\n"
-        "recipe.run_recipe(Path('recipe.yaml'), run_command=t.toy_command)"
+        "from pathlib import Path; from lightning_echat.recipes import run_recipe, step_run\n"
+        "from tests.lightning_echat.recipes import test_recipes as t\n"
+        "step_run.PRELOADED = ()\n"
+        "run_recipe.run_recipe(Path('recipe.yaml'), run_command=t.toy_command)"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True
     )
@@ -240,7 +244,7 @@ def test_a_signal_stops_the_child_and_leaves_the_state_right(number: int, tmp_pa
 
 
 def test_two_runs_in_one_folder_are_refused() -> None:
-    with recipes._alone_in(Path("run")), pytest.raises(UserError, match="another echat run works in run"):
+    with alone_in(Path("run")), pytest.raises(UserError, match="another echat run works in run"):
         run()
 
 
