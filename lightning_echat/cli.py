@@ -30,6 +30,7 @@ from lightning_echat.command_errors import (
     explain_parse_error,
     nearest,
 )
+from lightning_echat.tracking.defaults import set_wandb_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ COMMANDS: dict[str, Command] = {
         "lightning_echat.evaluation.resynthesis:resynthesis",
         "shards",
     ),
+    "sync": Command("send what was trained offline to W&B", "lightning_echat.tracking.sync:sync", "folder"),
     "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
     "ablate": Command(
@@ -315,12 +317,7 @@ def _run_lightning(args: list[str]) -> None:
 
 def _prepare_lightning() -> None:
     """Set what the libraries read when they are imported."""
-    os.environ.setdefault("WANDB_MODE", "offline")
-    # Offline runs would still look up the error reporter's host, and keep 15 s of metrics in memory only.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
-    # Errors still show; where the offline run lies is the run's folder, and docs/metrics.md says how to sync it.
-    os.environ.setdefault("WANDB_SILENT", "true")
+    set_wandb_defaults()
     # Lightning's own use of the parser, which no user of ours can change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
