@@ -30,7 +30,6 @@ from lightning_echat.command_errors import (
     one_line,
 )
 from lightning_echat.contracts import UserError
-from lightning_echat.stages.base import EChatStage
 from lightning_echat.tracking.identity import (
     continues,
     identify,
@@ -222,7 +221,7 @@ def resolve_lightning(args: list[str]) -> dict[str, Any]:
 def _command_line(kind: type[EChatCLI], args: list[str]) -> EChatCLI:
     _quiet()
     return kind(
-        EChatStage,
+        LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -19,7 +19,14 @@ def log_summary(results: StudyResults, out: Path) -> None:
     if os.environ["WANDB_MODE"] == "disabled":
         return
     study = results.study
-    columns = ["variant", "seed", *(figure.name for figure in study.figures), "seconds", "steps", "failure"]
+    columns: list[str | int] = [
+        "variant",
+        "seed",
+        *(figure.name for figure in study.figures),
+        "seconds",
+        "steps",
+        "failure",
+    ]
     rows = [
         [
             run.variant,
