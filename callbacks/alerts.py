@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
+from wandb.sdk.wandb_alerts import AlertLevel
 
 from callbacks.run_lineage import wandb_run
 from lightning_echat.contracts import PackedBatch, UserError
@@ -111,7 +111,7 @@ class Alerts(Callback):
 def _tell(run: Any, title: str, text: str) -> None:
     _LOG.warning("%s: %s", title, text)
     if run is not None:
-        run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+        run.alert(title=title, text=text, level=AlertLevel.WARN)
 
 
 class _Watchdog:

@@ -10,6 +10,7 @@ from typing import Any
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from wandb.errors import CommError, UsageError
 
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.weights import latest_checkpoint
@@ -97,7 +98,7 @@ def _declare(run: Any, model: StageModel) -> bool:
         return False
     try:
         declare_input(run, model)
-    except (wandb.errors.CommError, wandb.errors.UsageError, ValueError) as error:
+    except (CommError, UsageError, ValueError) as error:
         _LOG.warning(
             "W&B does not know %s, from which this stage started (%s); `echat sync` declares it once it is there",
             model.artifact,

@@ -181,12 +181,15 @@ def test_an_interrupted_fit_leaves_with_130(toy: None, capsys: pytest.CaptureFix
     assert line_of(capsys, ["fit", "-c", "base.yaml", "--model.init_args.interrupt=true"], 130) == "echat: interrupted"
 
 
-def test_a_fit_leaves_the_resolved_config_in_its_folder(toy: None) -> None:
+def test_a_fit_leaves_the_resolved_config_in_its_folder(toy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    staged: list[str] = []
+    monkeypatch.setattr(toy_stage.ToyStage, "on_fit_start", lambda _: staged.append(os.environ["WANDB_DATA_DIR"]))
     cli.main(["fit", "-c", "base.yaml", "--trainer.default_root_dir=run", "--model.init_args.width=5"])
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
     assert saved["model"]["init_args"]["width"] == 5 and saved["seed_everything"] == 0
     assert os.environ["WANDB_MODE"] == "offline"
-    assert Path(os.environ["WANDB_DATA_DIR"]) == Path("run/.wandb-data").absolute()
+    # The next command's media is staged in its own folder.
+    assert staged == [str(Path("run/.wandb-data").absolute())] and "WANDB_DATA_DIR" not in os.environ
     # What was saved runs again, in the same folder.
     cli.main(["fit", "-c", "run/config.yaml"])
     assert yaml.safe_load(Path("run/config.yaml").read_text()) == saved

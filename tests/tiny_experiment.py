@@ -76,7 +76,8 @@ class LogTable(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            run: Any = trainer.loggers[0].experiment
+            logger: Any = trainer.loggers[0]
+            run = logger.experiment
             step = trainer.global_step
             sound = wandb.Audio(np.full(800, step / 10, dtype=np.float32), sample_rate=8000, caption=f"step {step}")
             table = wandb.Table(columns=["step", "sound"], data=[[step, sound]])

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import wandb
+from wandb.errors import CommError, UsageError
 
 from lightning_echat.contracts import UserError
 from lightning_echat.tracking.identity import read_identity
@@ -79,7 +80,7 @@ def _declare(stage: Path) -> bool:
 def _declare_for(run: str, model: StageModel, stage: Path) -> None:
     try:
         declare_input(wandb.Api().run(run), model)
-    except (wandb.errors.CommError, wandb.errors.UsageError, ValueError) as error:
+    except (CommError, UsageError, ValueError) as error:
         raise UserError(f"{stage} started from {model.artifact}, which W&B does not know: {error}") from error
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from lightning_echat.cli import main
 from lightning_echat.tracking.defaults import WANDB_DEFAULTS
@@ -56,6 +57,7 @@ def _fit(config: str, environment: dict[str, str]) -> None:
     main(["fit", "--config", config])
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_run(tmp_path, tokens):
     """Exactly one, with the losses of every step; no empty one beside it."""
     config = write_experiment(tmp_path / "run", tokens, devices=2, strategy="ddp", max_steps=2)

@@ -120,6 +120,7 @@ def test_lineage_is_declared_by_the_sync_and_once(synced: Synced):
     _, run = synced.stage("empathy")
     lineage = read_lineage(synced.folder / "empathy")
     assert lineage.declared and lineage.started_from == read_lineage(synced.folder / "generation").made
+    assert lineage.started_from is not None
     artifact = synced.stub.artifact(lineage.started_from.artifact)
     assert artifact is not None and run.used == [artifact.id]
     assert run.config["lineage"]["sha256"] == lineage.started_from.sha256 == artifact.metadata["sha256"]

@@ -70,6 +70,7 @@ def test_the_next_stage_declares_the_artifact_of_the_stage_before(trained):
     made = read_lineage(folder / "understanding").made
     lineage = read_lineage(folder / "empathy")
     assert lineage.started_from == made and lineage.declared
+    assert made is not None
     artifact = stub.artifact(made.artifact)
     assert artifact is not None and artifact.metadata["sha256"] == made.sha256 and artifact.metadata["step"] == 4
     assert run_of(stub, folder / "empathy").used == [artifact.id]
