@@ -91,8 +91,7 @@ class AudioClip:
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
         transcript_ids: [n] int64 text ids of the transcript, empty where unknown.
-        waveform: [samples] int16, what `data.log_mel.extend` gives of 16-bit audio, or int32, the bits of its floats;
-            only where mels are left to the device.
+        waveform: [samples] int16 of 16-bit audio, or int32, the bits of floats; only where mels are left to the device.
         alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
 
