@@ -12,7 +12,7 @@ from datamodules.spoken_dialogue import SpokenDialogueDataModule
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
-from lightning_echat.stages.base import recount_batches
+from lightning_echat.stages.resuming import recount_batches
 from lightning_echat.testing import tiny_tokens_config, write_dummy_shards
 
 

@@ -75,7 +75,8 @@ class Case:
         options: dict[str, Any] = {"gradient_clip_val": 0.5}
         if not alone:
             strategy = DDPStrategy(timeout=LIMIT) if self.sharding is None else sharding(**self.sharding)
-            options |= {"strategy": strategy, "devices": world, "accumulate_grad_batches": 4 // world}
+            groups = world // (self.sharding or {}).get("tensor_parallel", 1)
+            options |= {"strategy": strategy, "devices": world, "accumulate_grad_batches": 4 // groups}
         train(stage, whole if alone else micro, folder, **options)
 
 
@@ -90,6 +91,13 @@ CASES = {
     "FSDP, language model frozen": Case(trainable=("encoder.*", "adapter.*"), again=("encoder", "llm")),
     "FSDP, LoRA": Case(lora=True),
     "FSDP, bfloat16": Case(sharding={"compute": "bfloat16"}, tolerance=2e-2),
+}
+TENSOR = {
+    "TP": Case(sharding={"tensor_parallel": 2}),
+    "TP, computed again": Case(sharding={"tensor_parallel": 2}, again=("encoder", "llm")),
+    "TP, language model frozen": Case(sharding={"tensor_parallel": 2}, trainable=("encoder.*", "adapter.*")),
+    "TP, LoRA": Case(sharding={"tensor_parallel": 2}, lora=True),
+    "TP, bfloat16": Case(sharding={"tensor_parallel": 2, "compute": "bfloat16"}, tolerance=2e-2),
 }
 COMPILED = {
     "DDP, compiled": Case(sharding=None, compiled=True),
@@ -115,6 +123,19 @@ def test_every_way_of_spreading_gives_the_curve_and_weights_of_one_process(tmp_p
     """
     run_on_ranks(train_cases, tokens, tmp_path, CASES)
     _compare_with_one_process(tokens, tmp_path, CASES, window=2)
+
+
+def test_ranks_that_compute_every_batch_together_give_the_curve_and_weights_of_one_process(tmp_path, tokens):
+    """A head that lands on two ranks, a gradient of a part only, ids counted by each rank of the group."""
+    run_on_ranks(train_cases, tokens, tmp_path, TENSOR)
+    _compare_with_one_process(tokens, tmp_path, TENSOR, window=4)
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_that_compute_together_give_the_curve_of_one_process(tmp_path, tokens):
+    """With four ranks the blocks are cut both ways, and the norm is over three kinds of meshes."""
+    run_on_ranks(train_cases, tokens, tmp_path, TENSOR, 4, ranks=4)
+    _compare_with_one_process(tokens, tmp_path, TENSOR, window=2)
 
 
 @pytest.mark.slow
