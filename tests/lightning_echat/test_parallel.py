@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import filesystem
@@ -94,15 +94,19 @@ CASES = {
 }
 TENSOR = {
     "TP": Case(sharding={"tensor_parallel": 2}),
+    "TP, LoRA": Case(sharding={"tensor_parallel": 2}, lora=True),
+}
+TENSOR_AND_MORE = TENSOR | {
     "TP, computed again": Case(sharding={"tensor_parallel": 2}, again=("encoder", "llm")),
     "TP, language model frozen": Case(sharding={"tensor_parallel": 2}, trainable=("encoder.*", "adapter.*")),
-    "TP, LoRA": Case(sharding={"tensor_parallel": 2}, lora=True),
+    "TP, offloaded": Case(sharding={"tensor_parallel": 2, "cpu_offload": True}),
     "TP, bfloat16": Case(sharding={"tensor_parallel": 2, "compute": "bfloat16"}, tolerance=2e-2),
 }
 COMPILED = {
     "DDP, compiled": Case(sharding=None, compiled=True),
     "FSDP, compiled": Case(compiled=True),
     "FSDP, compiled and computed again": Case(compiled=True, again=("encoder", "llm")),
+    "TP, compiled": Case(sharding={"tensor_parallel": 2}, compiled=True),
 }
 
 
@@ -134,8 +138,8 @@ def test_ranks_that_compute_every_batch_together_give_the_curve_and_weights_of_o
 @pytest.mark.slow
 def test_groups_of_ranks_that_compute_together_give_the_curve_of_one_process(tmp_path, tokens):
     """With four ranks the blocks are cut both ways, and the norm is over three kinds of meshes."""
-    run_on_ranks(train_cases, tokens, tmp_path, TENSOR, 4, ranks=4)
-    _compare_with_one_process(tokens, tmp_path, TENSOR, window=2)
+    run_on_ranks(train_cases, tokens, tmp_path, TENSOR_AND_MORE, 4, ranks=4)
+    _compare_with_one_process(tokens, tmp_path, TENSOR_AND_MORE, window=2)
 
 
 @pytest.mark.slow
@@ -160,7 +164,9 @@ def train_compiled(tokens: TokensConfig, folder: Path) -> None:
 def test_compiled_blocks_give_the_curve_of_plain_ones(tmp_path, tokens):
     """Also where they are sharded, and where they are computed again."""
     run_on_ranks(train_compiled, tokens, tmp_path)
-    _compare_with_one_process(tokens, tmp_path, COMPILED, window=2)
+    tensor = {name: case for name, case in COMPILED.items() if name.startswith("TP")}
+    _compare_with_one_process(tokens, tmp_path, {n: c for n, c in COMPILED.items() if n not in tensor}, window=2)
+    _compare_with_one_process(tokens, tmp_path, tensor, window=4)
 
 
 def _compare_with_one_process(tokens: TokensConfig, folder: Path, cases: dict[str, Case], *, window: int) -> None:
@@ -201,7 +207,9 @@ class KeepAnswers(Callback):
         torch.save({"answers": self.answers, "metrics": metrics}, self.folder / f"answers{trainer.global_rank}.pt")
 
 
-def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False) -> None:
+def train_and_answer(
+    tokens: TokensConfig, folder: Path, *, alone: bool = False, strategy: ShardedStrategy | None = None
+) -> None:
     tokenizer = DialogueTokenizer.from_config(tokens)
     micro, whole = batches_of(tokenizer)
     spoken, written = task_from_name("text_to_speech"), task_from_name("speech_to_text.label_thinking")
@@ -210,7 +218,9 @@ def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False)
     tasks = [[written, heard], [spoken], [spoken, written], []]
     validation = [dummy_batch(tokenizer, each, first=10 * n) for n, each in enumerate(tasks)]
     decoding = DecodingConfig(max_text_ids=20, max_speech_ids=12)
-    spread: dict[str, Any] = {"strategy": sharding(), "devices": 2, "accumulate_grad_batches": 2}
+    strategy = strategy or sharding()
+    window = 2 * strategy.tensor_parallel
+    spread: dict[str, Any] = {"strategy": strategy, "devices": 2, "accumulate_grad_batches": window}
     train(
         make_stage(tokens, decoding=decoding),
         whole if alone else micro,
@@ -219,7 +229,7 @@ def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False)
         EmpathyEvaluation(),
         KeepAnswers(folder),
         validation=validation,
-        val_check_interval=1 if alone else 2,
+        val_check_interval=1 if alone else window,
         check_val_every_n_epoch=None,
         **({} if alone else spread),
     )
@@ -246,11 +256,11 @@ def saving(folder: Path) -> StageCheckpoint:
 
 
 def train_part(
-    tokens: TokensConfig, folder: Path, *, world: int, strategy: Strategy | None, ckpt_path: Path | None = None
+    tokens: TokensConfig, folder: Path, *, world: int, strategy: ShardedStrategy | None, ckpt_path: Path | None = None
 ) -> None:
     """Two steps with saving, or the second of them from a checkpoint of the first."""
     micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
-    accumulate = 4 // world if strategy else 1
+    accumulate = 4 * strategy.tensor_parallel // world if strategy else 1
     spread: dict[str, Any] = {"strategy": strategy, "devices": world} if strategy else {"devices": 1}
     train(
         make_stage(tokens, optimizer=ADAM),
@@ -324,6 +334,52 @@ def test_a_run_goes_on_with_more_ranks(tmp_path, two, tokens):
     step_1 = tmp_path / "one" / "checkpoints" / "epoch=0-step=1.ckpt"
     run_on_ranks(train_sharded, tokens, tmp_path / "one to two", 2, step_1)
     same_ends(tmp_path / "one", tmp_path / "one to two", tolerance=1e-5, windows=(4, 2))
+
+
+def compute_together(tokens: TokensConfig, folder: Path) -> None:
+    """Answer; save, go on, and go on with the layers whole again; go on from a checkpoint in which they were whole."""
+    together = partial(sharding, tensor_parallel=2)
+    train_and_answer(tokens, folder / "answers", strategy=together())
+    train_part(tokens, folder / "tp", world=2, strategy=together())
+    step_1 = folder / "tp" / "checkpoints" / "epoch=0-step=1.ckpt"
+    train_part(tokens, folder / "tp to tp", world=2, strategy=together(), ckpt_path=step_1)
+    train_part(tokens, folder / "tp to fsdp", world=2, strategy=sharding(), ckpt_path=step_1)
+    train_part(tokens, folder / "fsdp", world=2, strategy=sharding())
+    step_1 = folder / "fsdp" / "checkpoints" / "epoch=0-step=1.ckpt"
+    train_part(tokens, folder / "fsdp to tp", world=2, strategy=together(), ckpt_path=step_1)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, tokens: TokensConfig) -> Path:
+    """A folder with what `compute_together` leaves."""
+    folder = tmp_path_factory.mktemp("together")
+    run_on_ranks(compute_together, tokens, folder)
+    return folder
+
+
+def test_a_run_of_ranks_that_compute_together_goes_on_in_any_layout(tmp_path, together, tokens):
+    """A part that is stored for the whole, an optimizer's moments under another part's name."""
+    same_ends(together / "tp", together / "tp to tp", tolerance=0.0, windows=(4, 4))
+    same_ends(together / "tp", together / "tp to fsdp", tolerance=1e-5, windows=(4, 2))
+    same_ends(together / "fsdp", together / "fsdp to tp", tolerance=1e-5, windows=(2, 4))
+    trained = load_trained(together / "tp")
+    _, weights = recorded(together / "tp", window=4)
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.{name}"]), name
+    consolidate(together / "tp" / "checkpoints" / "epoch=0-step=1.ckpt", tmp_path / "whole.ckpt")
+    train_part(tokens, tmp_path / "one", world=1, strategy=None, ckpt_path=tmp_path / "whole.ckpt")
+    same_ends(together / "tp", tmp_path / "one", tolerance=1e-5, windows=(4, 1))
+
+
+def test_ranks_that_compute_together_give_one_answer_and_count_it_once(tmp_path, together, tokens):
+    """A cache that holds a rank's heads only; sums over ranks that count an answer twice."""
+    train_and_answer(tokens, tmp_path, alone=True)
+    one = torch.load(tmp_path / "answers0.pt")
+    assert len(one["answers"]) == 10 and one["metrics"]["val/dialogue/empathy/count"] > 0
+    for rank in (0, 1):
+        there = torch.load(together / "answers" / f"answers{rank}.pt")
+        assert there["answers"] == one["answers"]
+        assert there["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
 
 
 def test_commands_read_a_sharded_checkpoint_as_they_read_a_file(two, tokens, tokenizer):
