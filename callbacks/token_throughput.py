@@ -35,7 +35,8 @@ class TokenThroughput(Callback):
     16-bit precision, `perf/mfu`. Validations, checkpoints and the first batch of a run are no part of any window.
 
     MFU counts the floating-point operations of the first batch, forward and backward as they happen (frozen parts,
-    LoRA, recomputation), and credits them to ids that are not padding.
+    LoRA, recomputation), and credits them to ids that are not padding. Under tensor parallelism attention counts
+    for one rank's heads only, so MFU is a little low.
 
     Args:
         every_n_steps: Optimizer steps a window.
