@@ -131,8 +131,9 @@ class ShardedStrategy(ModelParallelStrategy):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.on_gpu) if self.cpu_offload else OffloadPolicy()
         if self.tensor_parallel > 1:
             cut_language_model(model.lm.causal_lm, self.group)
+            over_groups: dict[str, Any] = options | {"mesh": self.device_mesh["data_parallel"]}
             for block in language_blocks(model):
-                fully_shard(block, **options | {"mesh": self.device_mesh["data_parallel"]})
+                fully_shard(block, **over_groups)
         for block in blocks(model):
             if not isinstance(block, FSDPModule):
                 fully_shard(block, **options)

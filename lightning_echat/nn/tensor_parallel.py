@@ -48,7 +48,7 @@ def _planned_cuts(llm: PreTrainedModel) -> dict[str, tuple[nn.Module, str]]:
         raise UserError(
             f"the plan of {name} asks for {other[0]}, which is not supported; leave strategy.tensor_parallel at 1"
         )
-    cuts = {
+    cuts: dict[str, tuple[nn.Module, str]] = {
         found: (module, style)
         for found, module in llm.get_decoder().named_modules()
         for pattern, style in plan.items()

@@ -578,7 +578,8 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, to
 
 @pytest.mark.parametrize("what", ["replicas", "tensor_parallel"])
 def test_groups_that_do_not_divide_the_ranks_are_refused(tmp_path, tokens, what):
-    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(**{what: 3}), devices=1)
+    options: dict[str, Any] = {what: 3}
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(**options), devices=1)
     with pytest.raises(UserError, match=rf"strategy\.{what} is 3, which does not divide the 1 processes"):
         trainer.fit(make_stage(tokens), train_dataloaders=[])
 
