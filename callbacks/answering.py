@@ -66,12 +66,16 @@ class AnswerMetrics(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Answer the batch and add the answers. Every rank answers, as generation may be collective."""
-        if trainer.sanity_checking or batch_idx >= self.max_batches:
+        if trainer.sanity_checking or batch_idx >= self.max_batches or not self._due():
             return
         stage = answering_stage(pl_module, callback=self)
         replies = stage.answers(batch)
         if first_of_group(trainer):
             self._add(stage, replies, set_name=validation_names(trainer)[dataloader_idx])
+
+    def _due(self) -> bool:
+        """Whether this validation is measured: the same on every rank."""
+        return True
 
     def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
         """Add the answers to a batch to what is measured of its set."""
