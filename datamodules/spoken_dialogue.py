@@ -165,7 +165,9 @@ class SpokenDialogueDataModule(LightningDataModule):
         if self.train_loader is None or position is None:
             return {"train": self._restored}
         made_by = self.train_loader.stream.made_by(workers=len(position.workers))
-        return {"train": to_checkpoint(self._ranks.gather(position), made_by)}
+        positions = self._ranks.gather(position)
+        # Ranks of a tensor-parallel group are next to each other and stand at the same place.
+        return {"train": to_checkpoint(positions[:: len(positions) // self._reading().world_size], made_by)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before the loaders are made."""
@@ -194,13 +196,17 @@ class SpokenDialogueDataModule(LightningDataModule):
             raise UserError("data.validation names no set; give one to test or predict on")
         return loaders
 
+    def _share(self) -> dict[str, int]:
+        """Which of how many shares of the data this rank reads; ranks of a tensor-parallel group read the same."""
+        share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return {"rank": share["rank"], "world_size": share["num_replicas"]} if share else {"rank": 0, "world_size": 1}
+
     def _reading(self) -> ReadingConfig:
         return ReadingConfig(
             tokens=self.tokens,
             batching=self.batching,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            **self._share(),
             expand_history=self.expand_history,
             max_skip_share=self.max_skip_share,
             max_seconds=self.max_seconds,
