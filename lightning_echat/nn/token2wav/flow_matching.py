@@ -113,7 +113,7 @@ def frame_noise(frames: int, bins: int, *, seed: int, first: int = 0, stream: in
     # A step of the counter makes four numbers of 64 bits; Box and Muller turn two into two.
     steps = -(-bins // 4)
     source = np.random.Philox(key=[seed % 2**64, stream], counter=[first * steps, 0, 0, 0])
-    uniform = (source.random_raw(frames * steps * 4).reshape(frames, 2, -1) >> np.uint64(11)) * 2.0**-53
+    uniform = (source.random_raw(frames * steps * 4).reshape(frames, 2, 2 * steps) >> np.uint64(11)) * 2.0**-53
     radius, angle = np.sqrt(-2.0 * np.log1p(-uniform[:, 0])), 2.0 * np.pi * uniform[:, 1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :bins]
     return torch.from_numpy(normal.astype(np.float32))

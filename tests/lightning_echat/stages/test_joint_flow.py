@@ -41,7 +41,8 @@ SPOKEN = [[0], [], [1, 2], [], [], [], [3], []]
 
 
 def utterance(number: int) -> Utterance:
-    codes = torch.randint(64, (8 + number,), generator=torch.Generator().manual_seed(number))
+    """All of one length: the group norms of a flow see padding, so how a batch is padded makes a small difference."""
+    codes = torch.randint(64, (10,), generator=torch.Generator().manual_seed(number))
     return Utterance(codes, dummy_audio(0.04 * len(codes), seed=number))
 
 
@@ -85,7 +86,8 @@ def test_two_ranks_that_accumulate_train_the_flow_as_one_big_batch(tmp_path, tok
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), f"the ranks differ in {name}"
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    assert (one["flow.encoder.embedding.weight"] - before["flow.encoder.embedding.weight"]).abs().max() > 1e-3
+    moved = [(one[name] - before[name]).abs().max() for name in before if name.startswith("flow.")]
+    assert max(moved) > 1e-2
 
 
 def test_a_code_weighs_as_much_as_an_id_and_the_language_model_feels_nothing(tmp_path, tokens, monkeypatch):
@@ -125,7 +127,8 @@ def spoken_data(folder: Path, tokens: TokensConfig) -> SpokenDialogueDataModule:
         seconds = 0.04 * len(reply.speech_codes) + (0.5 if number == 2 else 0.0)
         dialogue.turns[-1] = replace(reply, audio=dummy_audio(seconds, seed=number))
         dialogues.append(dialogue)
-    shard = str(write_shard(folder / "shard-000000.tar", dialogues) or folder / "shard-000000.tar")
+    shard = str(folder / "shard-000000.tar")
+    write_shard(Path(shard), dialogues)
     task = TaskConfig(kind="speech_to_speech", thinking="label")
     return SpokenDialogueDataModule(
         tokens=tokens,

@@ -92,9 +92,9 @@ class Forgetful:
         return self.voice.decode(codes)
 
 
-@pytest.mark.parametrize("hop", [160, 256])
-def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop):
-    """Even where a code is no whole number of frames (2.5 of them are 640 samples), to less than a frame."""
+@pytest.mark.parametrize(("hop", "share"), [(160, 0.3), (256, 0.75)])
+def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop, share):
+    """Where a code is 4 frames; and, half a frame off at most, where it is 2.5 of them."""
     voice = flow_voice(hop=hop)
     codes = torch.randint(8, (90,), generator=torch.Generator().manual_seed(0))
     whole = voice.decode(codes)
@@ -102,8 +102,9 @@ def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop):
     together = torch.cat(pieces)
     forgotten = torch.cat(streamed(Forgetful(voice), codes, ChunkConfig()))
     near, far = log_spectral_distance(together, whole), log_spectral_distance(forgotten, whole)
-    print(near, far, jumps_at_joins(together, pieces), jumps_at_joins(whole, pieces))
-    assert near < 0.5 * far
+    assert near < share * far
+    allowed = jumps_at_joins(whole, pieces) + 0.02 * whole.diff().abs().max()
+    assert (jumps_at_joins(together, pieces) <= allowed).all()
 
 
 def test_joins_do_not_click(voice, codes):

@@ -87,9 +87,8 @@ def test_the_seed_decides_the_noise_and_nothing_else_does() -> None:
 def test_a_frame_has_the_same_noise_whichever_it_is_drawn_with() -> None:
     whole = frame_noise(500, 10, seed=1)
     assert torch.equal(frame_noise(20, 10, seed=1, first=130), whole[130:150])
-    assert not torch.isclose(frame_noise(500, 10, seed=2), whole).any()
-    assert not torch.isclose(frame_noise(500, 10, seed=1, stream=1), whole).any()
-    assert len(whole.unique()) == whole.numel()
+    for other in (frame_noise(500, 10, seed=2), frame_noise(500, 10, seed=1, stream=1), whole.roll(1, 0)):
+        assert (other == whole).float().mean() < 0.001
     many = frame_noise(5000, 80, seed=-1).double()
     # Of 400,000 normal numbers; five standard errors each.
     assert abs(many.mean()) < 0.008 and abs(many.var() - 1) < 0.012
