@@ -71,19 +71,19 @@ def test_emotion_is_compared_as_a_distribution() -> None:
     assert math.isnan(nobody["probability"]) and nobody["counted"] == 0
 
 
-class Loudness(torch.nn.Module):
-    """Stands for a predictor: its score is the peak of what it hears."""
+class Length(torch.nn.Module):
+    """Stands for a predictor: its score is how many seconds at 16 kHz it hears."""
 
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        return waveform.abs().amax(dim=1)
+        return torch.ones_like(waveform).sum(dim=1) / 16_000.0
 
 
 def test_a_predictor_of_opinion_scores_is_any_torchscript_of_a_waveform(tmp_path) -> None:
-    torch.jit.script(Loudness()).save(str(tmp_path / "mos.pt"))
+    torch.jit.script(Length()).save(str(tmp_path / "mos.pt"))
     predictor = ScriptedPredictor(tmp_path / "mos.pt")
-    waveforms = [torch.full((8_000,), 0.25), torch.full((16_000,), 0.75)]
-    assert predictor(waveforms, sample_rate=16_000) == pytest.approx(0.5)
-    assert predictor(waveforms, sample_rate=8_000) == pytest.approx(0.5, abs=0.1)
+    waveforms = [torch.zeros(8_000), torch.zeros(16_000)]
+    assert predictor(waveforms, sample_rate=16_000) == pytest.approx(0.75)
+    assert predictor(waveforms, sample_rate=8_000) == pytest.approx(1.5)
     assert math.isnan(predictor([], sample_rate=16_000))
 
 
