@@ -21,6 +21,7 @@ from lightning_echat.data.remote import ShardAccess
 from lightning_echat.data.shards import below
 from lightning_echat.data.stream_state import Position, from_checkpoint, redistribute, to_checkpoint
 from lightning_echat.data.training_stream import TrainingStream
+from lightning_echat.data.utterances import UtteranceConfig
 from lightning_echat.data.validation_stream import ValidationStream
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
@@ -35,6 +36,9 @@ class SpokenDialogueDataModule(LightningDataModule):
     Checkpoints hold where the data stands after the last optimizer step, for all ranks; going on from one yields the
     batches that would have followed (docs/data_engine.md). It is kept here and not by the loader, whose state Lightning
     takes a batch too late, of rank 0 only, and not at all at the end of an epoch.
+
+    Attributes:
+        utterances: Set by a stage that learns from the sound of replies: batches then carry it.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class SpokenDialogueDataModule(LightningDataModule):
         self.max_seconds = max_seconds
         self.mels_on_device = mels_on_device
         self.access = access or ShardAccess()
+        self.utterances: UtteranceConfig | None = None
         self._log_mel = LogMel(mel_bins=tokens.mel_bins)
         self.train_loader: TrainingLoader | None = None
         self.validation_loaders: dict[str, ValidationLoader] = {}
@@ -212,6 +217,7 @@ class SpokenDialogueDataModule(LightningDataModule):
             max_seconds=self.max_seconds,
             mels_on_device=self.mels_on_device,
             access=self.access,
+            utterances=self.utterances,
         )
 
 

@@ -22,6 +22,7 @@ from lightning_echat.contracts import (
 from lightning_echat.data.batch_memory import allocate
 from lightning_echat.data.decoding import PCM_SCALE
 from lightning_echat.data.log_mel import WINDOW, write_extended
+from lightning_echat.data.utterances import collate_utterances
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 Row = list[TokenizedDialogue]
@@ -101,7 +102,9 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     arrays["labels"].fill(IGNORE_INDEX)
     references = _fill_rows(arrays, rows)
     _fill_clips(arrays, clips)
-    return PackedBatch(**tensors, references=references)
+    utterances = [d.utterance for row in rows for d in row if d.utterance is not None]
+    replies = collate_utterances(utterances) if utterances else None
+    return PackedBatch(**tensors, references=references, replies=replies)
 
 
 Arrays = dict[str, NDArray[Any]]

@@ -230,7 +230,7 @@ class EChatStage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the schedule stepped at every optimizer step."""
-        optimizer = self.optimizer_callable(list(self._trainable_parameters()))
+        optimizer = self.optimizer_callable(self._parameter_groups())
         if self.scheduler_callable is None:
             return optimizer
         scheduler = self.scheduler_callable(optimizer)
@@ -360,6 +360,10 @@ class EChatStage(L.LightningModule):
         """Names of the validation sets, from the datamodule where it gives them."""
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
         return list(names) if names else [str(i) for i in range(8)]
+
+    def _parameter_groups(self) -> list[Any]:
+        """What the optimizer is made of: parameters, or groups of them with settings of their own."""
+        return list(self._trainable_parameters())
 
     def _trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
         return (p for p in cast(EChatModel, self.model).parameters() if p.requires_grad)
