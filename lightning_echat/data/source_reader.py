@@ -75,7 +75,7 @@ def pack_ref(row: tuple[int, ...]) -> bytes:
 
 
 def join_refs(rows: Sequence[bytes]) -> bytes:
-    """What `pack_refs` gives, of tuples that were packed one by one: a fiftieth of the time, for what every state holds."""
+    """What `pack_refs` gives, of tuples packed one by one, as every state holds most of those of the last."""
     if not rows:
         return b""
     return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1).T.tobytes()

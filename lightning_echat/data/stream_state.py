@@ -18,7 +18,6 @@ from lightning_echat.contracts import UserError
 from lightning_echat.data.shard_deal import Deal, Place, ShardOrder, Work, redeal
 from lightning_echat.data.source_reader import SampleRef, SourceState, held_refs, pack_refs, unpack_refs
 
-
 FORMAT = 2
 """Of what checkpoints hold. Raise it with every change of what is below, of `SampleRef`, or of the order of draws."""
 

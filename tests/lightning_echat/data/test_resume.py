@@ -177,7 +177,7 @@ def test_a_state_of_another_format_is_refused_in_one_line(tokens, sources, writt
     before = stored([some(training(tokens, sources, **options()), 1)[0].position], names) | {"format": written}
     if written is None:
         del before["format"], before["deals"]
-    with pytest.raises(UserError, match="format (none|1), this version reads") as error:
+    with pytest.raises(UserError, match=r"format (none|1), this version reads") as error:
         from_checkpoint(before, names)
     assert "\n" not in str(error.value) and "init_from" in str(error.value)
 
