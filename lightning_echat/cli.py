@@ -30,6 +30,7 @@ from lightning_echat.command_errors import (
     explain_parse_error,
     nearest,
 )
+from lightning_echat.tracking.defaults import set_wandb_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,14 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("write a checkpoint's answers"),
     "data synthesize": Command(
         "make the quickstart's spoken-dialogue corpus on this machine", "lightning_echat.corpus.synthesize:synthesize"
+    ),
+    "data benchmark": Command(
+        "make the benchmark's item set on this machine", "lightning_echat.corpus.benchmark:benchmark"
+    ),
+    "data items": Command(
+        "turn another benchmark's items into an item set",
+        "lightning_echat.evaluation.adapters.convert:items",
+        "source",
     ),
     "data pack": Command("turn your own dialogues and audio into shards", "lightning_echat.corpus.pack:pack"),
     "data tokenize": Command(
@@ -84,8 +93,30 @@ COMMANDS: dict[str, Command] = {
     "convert consolidate": Command(
         "write a sharded checkpoint as one file", "lightning_echat.checkpoints.consolidate:consolidate", "checkpoint"
     ),
+    "convert token2wav": Command(
+        "join a trained flow and vocoder into a folder that speaks",
+        "lightning_echat.checkpoints.token2wav:token2wav",
+        "flow",
+    ),
     "chat": Command("answer one or several wav files in text and speech", "lightning_echat.evaluation.chat:chat"),
     "evaluate": Command("run the benchmark on a checkpoint", "lightning_echat.evaluation.evaluate:evaluate"),
+    "evaluate score": Command(
+        "score stored answers again, by any judge", "lightning_echat.evaluation.scoring:score", "run"
+    ),
+    "evaluate compare": Command(
+        "compare two runs, paired over common items", "lightning_echat.evaluation.compare:compare", "runs"
+    ),
+    "evaluate speech": Command(
+        "word errors and quality of wav files against their texts",
+        "lightning_echat.evaluation.evaluate_speech:evaluate_speech",
+        "listed",
+    ),
+    "evaluate resynthesis": Command(
+        "what speech codes and token-to-speech lose, heard by a recogniser",
+        "lightning_echat.evaluation.resynthesis:resynthesis",
+        "shards",
+    ),
+    "sync": Command("send what was trained offline to W&B", "lightning_echat.tracking.sync:sync", "folder"),
     "report": Command("write one HTML page of a run, a study or a sweep", "lightning_echat.cli:report", "run"),
     "run": Command("run a recipe: its steps in order, reusing what is unchanged", "lightning_echat.cli:run", "recipe"),
     "ablate": Command(
@@ -286,12 +317,7 @@ def _run_lightning(args: list[str]) -> None:
 
 def _prepare_lightning() -> None:
     """Set what the libraries read when they are imported."""
-    os.environ.setdefault("WANDB_MODE", "offline")
-    # Offline runs would still look up the error reporter's host, and keep 15 s of metrics in memory only.
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
-    # Errors still show; where the offline run lies is the run's folder, and docs/metrics.md says how to sync it.
-    os.environ.setdefault("WANDB_SILENT", "true")
+    set_wandb_defaults()
     # Lightning's own use of the parser, which no user of ours can change.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 

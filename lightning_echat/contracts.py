@@ -280,3 +280,28 @@ class GeneratedReply:
     speech_codes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     finished: bool = True
     timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class VoiceBatch:
+    """Utterances that token-to-speech learns from. B is 0 where a rank has none left in a validation.
+
+    Attributes:
+        codes: [B, n] int64, 0 after the end.
+        code_lengths: [B] int64.
+        waveforms: [B, samples] float32 in [-1, 1] at the rate that was asked for, 0 after the end.
+        lengths: [B] int64 samples.
+        health: What the reader counted since its previous batch (see `PackedBatch`).
+    """
+
+    codes: Tensor
+    code_lengths: Tensor
+    waveforms: Tensor
+    lengths: Tensor
+    health: dict[str, int] = field(default_factory=dict)
+
+    def pin_memory(self) -> VoiceBatch:
+        """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""
+        for name in ("codes", "code_lengths", "waveforms", "lengths"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self

@@ -6,11 +6,16 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import wandb
 import yaml
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -25,7 +30,16 @@ from lightning_echat.command_errors import (
     one_line,
 )
 from lightning_echat.contracts import UserError
-from lightning_echat.stages.base import EChatStage
+from lightning_echat.tracking.identity import (
+    continues,
+    identify,
+    identity_of_this_command,
+    trial_folder,
+    write_identity,
+)
+
+STOPPED = 255
+"""Exit code that W&B is told of a run that was asked to end: it reads "killed" there, neither finished nor failed."""
 
 
 class EChatArgumentParser(RaisesProblems, LightningArgumentParser):
@@ -78,7 +92,8 @@ class EChatCLI(LightningCLI):
         W&B stages media there too, and before a logger exists: `wandb sync` needs them unmoved.
         """
         trainer = self.config[str(self.subcommand)].trainer
-        folder = Path(trainer.default_root_dir)
+        folder = trial_folder(Path(trainer.default_root_dir), os.environ)
+        trainer.default_root_dir = str(folder)
         os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / ".wandb-data"))
         for part, option, place in (("logger", "save_dir", folder), ("callbacks", "dirpath", folder / "checkpoints")):
             entries = trainer[part] if isinstance(trainer[part], list) else [trainer[part]]
@@ -86,6 +101,23 @@ class EChatCLI(LightningCLI):
                 init_args = getattr(entry, "init_args", None)
                 if init_args is not None and option in init_args and init_args[option] in (None, "."):
                     init_args[option] = str(place)
+        self._tell_wandb_who_runs(folder)
+
+    def _tell_wandb_who_runs(self, folder: Path) -> None:
+        config = self.config[str(self.subcommand)]
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        if not any(str(getattr(logger, "class_path", "")).endswith("WandbLogger") for logger in loggers):
+            return
+        trains = self.subcommand == "fit"
+        identity = identify(
+            folder,
+            job_type=_stage_name(config.model) if trains else str(self.subcommand),
+            goes_on=trains and continues(config.ckpt_path, folder=folder, environment=os.environ),
+            environment=os.environ,
+        )
+        os.environ.update(identity.environment())
+        if trains and rank_zero_only.rank == 0:
+            write_identity(folder, identity)
 
     def instantiate_classes(self) -> None:
         """Build everything; what a constructor refuses is the user's to mend."""
@@ -102,6 +134,29 @@ class EChatCLI(LightningCLI):
             if isinstance(leaving.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from leaving
             raise
+
+
+def _stage_name(model: Namespace) -> str:
+    """UnderstandingStage -> understanding."""
+    return model.class_path.rpartition(".")[2].removesuffix("Stage").lower()
+
+
+@contextmanager
+def _told_how_it_ended() -> Iterator[None]:
+    """End the W&B run with what became of it; left alone, it would read finished however the process leaves."""
+    how, code = "failed", 1
+    try:
+        yield
+        how, code = "finished", 0
+    except (SystemExit, KeyboardInterrupt):
+        how, code = "stopped", STOPPED
+        raise
+    finally:
+        if wandb.run is not None:
+            wandb.run.summary["ended"] = how
+            wandb.finish(exit_code=code)
+            # Its service goes on writing after that, and keeps this command's settings for the next.
+            wandb.teardown()
 
 
 def _refuse_linked_tokens(words: list[str], files: list[Path]) -> None:
@@ -132,7 +187,8 @@ def _quiet() -> None:
 
 def run_lightning(args: list[str]) -> None:
     """Run `fit`, `validate`, `test` or `predict`."""
-    _command_line(EChatCLI, args)
+    with identity_of_this_command(), _told_how_it_ended():
+        _command_line(EChatCLI, args)
 
 
 class _ParsesOnly(EChatCLI):
@@ -165,7 +221,7 @@ def resolve_lightning(args: list[str]) -> dict[str, Any]:
 def _command_line(kind: type[EChatCLI], args: list[str]) -> EChatCLI:
     _quiet()
     return kind(
-        EChatStage,
+        LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,

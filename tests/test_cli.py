@@ -40,7 +40,6 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("lightning_echat.lightning_cli.EChatStage", toy_stage.ToyStageBase)
     Path("base.yaml").write_text(yaml.safe_dump(BASE))
     before = signal.getsignal(signal.SIGINT)
     yield
@@ -117,7 +116,7 @@ def test_a_wrong_command_or_file(capsys: pytest.CaptureFixture[str], args: list[
         (["--model.init_args.encoder.layers=2.5"], "model.init_args.encoder.layers: expected int, got '2.5'"),
         (["--model.class_path=tests.toy_stage.ToyStag"], "no 'ToyStag' in tests.toy_stage; did you mean 'ToyStage'?"),
         (["--model.class_path=nowhere.ToyStage"], "model: no module 'nowhere'"),
-        (["--model=tests.toy_stage.ToyData"], "tests.toy_stage.ToyData is no ToyStageBase"),
+        (["--model=tests.toy_stage.ToyData"], "tests.toy_stage.ToyData is no LightningModule"),
         (["--model.init_args.optimizer.class_path=torch.optim.Adm"], "no 'Adm' in torch.optim; did you mean 'Adam'?"),
         (["--model.init_args.options.tpo=2"], "unknown key 'tpo' of tests.toy_stage.ToyStage; did you mean 'top'?"),
         (["--model.init_args.mode=fats"], "model.init_args.mode: 'fats' is none of fast, slow; did you mean 'fast'?"),

@@ -34,11 +34,7 @@ class ToyOptions:
     names: list[str] = field(default_factory=list)
 
 
-class ToyStageBase(LightningModule):
-    """Takes the place of `EChatStage`."""
-
-
-class ToyStage(ToyStageBase):
+class ToyStage(LightningModule):
     def __init__(
         self,
         tokens: ToyTokens,

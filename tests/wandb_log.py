@@ -10,7 +10,7 @@ import json
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,19 @@ class OfflineRun:
 
 def read_run(folder: Path) -> OfflineRun:
     """The only offline run below a folder, once it is finished."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    (path,) = pieces(folder)
+    return read_piece(_finished_records(path))
+
+
+def pieces(folder: Path) -> list[Path]:
+    """Logs of the offline runs of a folder, oldest first; a run that was continued has several."""
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def read_piece(found: Iterable[Any]) -> OfflineRun:
+    """What records say."""
     run = OfflineRun(history=[], config={}, artifacts={})
-    for record in _finished_records(path):
+    for record in found:
         kind = record.WhichOneof("record_type")
         if kind == "history":
             run.history.append(_items(record.history.item))

@@ -69,25 +69,28 @@ PCM_SCALE = 1.0 / 32768.0
 """What a 16-bit sample is multiplied by to lie in [-1, 1)."""
 
 
-def decode_waveform(data: bytes, *, max_seconds: float = 60.0) -> Tensor:
-    """An encoded audio file -> [samples] float32 at `SAMPLE_RATE`: channels averaged, resampled where needed.
+def decode_waveform(data: bytes, *, max_seconds: float = 60.0, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """An encoded audio file -> [samples] float32 at `sample_rate`: channels averaged, resampled where needed.
 
     Costs about 0.05 ms for 4 s of 16 kHz WAV, 0.4 ms for FLAC, 1 ms more where it is resampled.
 
     Raises:
         SampleRejected: Unreadable, empty, too short for one mel window, too long, not finite, or of an odd rate.
     """
-    return _as_floats(_decoded(data, max_seconds).samples)
+    return _as_floats(_decoded(data, max_seconds, sample_rate).samples)
 
 
 class _Decoded(NamedTuple):
-    """[samples] at `SAMPLE_RATE`, int16 where stored so and else float32, and their largest magnitude as of floats."""
+    """[samples] at the rate asked for, int16 where stored so and taken as they are, else float32.
+
+    `peak` is the largest magnitude, as of floats, before any resampling.
+    """
 
     samples: NDArray[Any]
     peak: float
 
 
-def _decoded(data: bytes, max_seconds: float) -> _Decoded:
+def _decoded(data: bytes, max_seconds: float, sample_rate: int = SAMPLE_RATE) -> _Decoded:
     """What `decode_waveform` turns into floats; raises as it does."""
     plain = _plain_wav(data)
     rate, samples = (SAMPLE_RATE, plain) if plain is not None else _read_audio(data, max_seconds)
@@ -99,7 +102,7 @@ def _decoded(data: bytes, max_seconds: float) -> _Decoded:
     if not all(isfinite(end) for end in ends):
         raise SampleRejected("audio not finite")
     peak = max(-ends[0], ends[1]) * (PCM_SCALE if plain is not None else 1.0)
-    return _Decoded(_resample(samples, rate), peak)
+    return _Decoded(_resample(samples, rate, sample_rate), peak)
 
 
 def _as_floats(samples: NDArray[Any]) -> Tensor:
@@ -148,17 +151,17 @@ def _check_length(samples: int, rate: int) -> None:
         raise SampleRejected("audio too short", f"{samples / rate:.4f} s, at least {WINDOW / SAMPLE_RATE} s")
 
 
-def _resample(samples: NDArray[Any], rate: int) -> NDArray[Any]:
-    if rate == SAMPLE_RATE:
+def _resample(samples: NDArray[Any], rate: int, target: int) -> NDArray[Any]:
+    if rate == target:
         return samples
-    if gcd(rate, SAMPLE_RATE) < _MIN_COMMON_RATE:
-        raise SampleRejected("odd sample rate", f"{rate} Hz; convert to {SAMPLE_RATE} Hz")
-    return _resampler(rate)(torch.from_numpy(np.ascontiguousarray(samples))).numpy()
+    if gcd(rate, target) < _MIN_COMMON_RATE:
+        raise SampleRejected("odd sample rate", f"{rate} Hz; convert to {target} Hz")
+    return _resampler(rate, target)(_as_floats(samples)).numpy()
 
 
 @lru_cache(maxsize=16)
-def _resampler(rate: int) -> Resample:
-    return Resample(rate, SAMPLE_RATE)
+def _resampler(rate: int, target: int) -> Resample:
+    return Resample(rate, target)
 
 
 def decode_dialogue(stored: StoredSample, *, max_seconds: float = 60.0) -> DialogueSample:

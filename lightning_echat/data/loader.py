@@ -23,8 +23,8 @@ from lightning_echat.data.training_stream import TrainingStream
 from lightning_echat.data.validation_stream import ValidationStream
 
 
-class _WorkerLoader(DataLoader[PackedBatch]):
-    """What both loaders share.
+class WorkerLoader(DataLoader[PackedBatch]):
+    """What all loaders share.
 
     Workers end with each pass. They are started once in a training without end, and those of several validation sets
     would fill the memory if they stayed.
@@ -56,7 +56,7 @@ class _WorkerLoader(DataLoader[PackedBatch]):
             yield item.batch() if isinstance(item, HandedBatch) else item
 
 
-class ValidationLoader(_WorkerLoader):
+class ValidationLoader(WorkerLoader):
     """One pass after the other over a validation set.
 
     Args:
@@ -76,7 +76,7 @@ class ValidationLoader(_WorkerLoader):
                 yield item
 
 
-class TrainingLoader(_WorkerLoader):
+class TrainingLoader(WorkerLoader):
     """Training batches that carry the position after them; it goes on from any of those.
 
     Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.

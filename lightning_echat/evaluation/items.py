@@ -1,7 +1,7 @@
 """Evaluation items: what was asked, what can be heard in it, and the categories it is scored in.
 
-The categories are those of EChat-eval. One query may count in several: it stands in each category whose cue it
-carries, and in `multi` when it carries an emotion and a sound event at once.
+The categories are those of EChat-eval. An item set may name the category of each item. Where it does not, a query
+counts in each category whose cue it carries, and in `multi` when it carries an emotion and a sound event at once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class EvaluationItem:
         labels: Label set -> label of the query; only what is known.
         reply, reply_emotion: The reference reply, empty where there is none.
         speaker, voice_type: Whose voice asks, where known.
+        source: Where the voice comes from, for instance "held-out voices"; figures are also given by source.
+        language: en or zh, which decides how words are counted.
+        extra: Anything else that a benchmark says about its item, as text.
     """
 
     key: str
@@ -48,6 +51,9 @@ class EvaluationItem:
     reply_emotion: str = ""
     speaker: str = ""
     voice_type: str = ""
+    source: str = ""
+    language: str = "en"
+    extra: dict[str, str] = field(default_factory=dict)
 
 
 def present_cues(labels: Mapping[str, str]) -> tuple[str, ...]:

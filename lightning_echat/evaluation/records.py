@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lightning_echat.contracts import SAMPLE_RATE, GeneratedReply, UserError
 from lightning_echat.evaluation.items import EvaluationItem, item_of
-from lightning_echat.evaluation.judging import Judge, JudgeScore
+from lightning_echat.evaluation.judging import Judge, JudgedReply, JudgeScore
+from lightning_echat.evaluation.scores import ScoreFile, read_scores, score_keys, write_scores
 from lightning_echat.metrics import ParsedAnswer, parse_answer
 from lightning_echat.tokens.speech_codes import repetition_rate
-from lightning_echat.tokens.thinking import ThinkingFormat
+from lightning_echat.tokens.thinking import ThinkingFormat, parse_thinking
 
-SCHEMA = 1
+SCHEMA = 2
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,25 @@ class AnswerRecord:
         item: What was asked.
         text: What the model wrote, thinking included, as it wrote it.
         answer: The same, parsed.
+        thinking: The thinking as it stands, without markers; empty where there is none.
         codes: Speech codes of the reply.
         repetition: Share of its runs of four codes that repeat an earlier one (`speech_codes.repetition_rate`).
         finished: False when a length limit cut the answer short.
         timings: Seconds by name, of the whole batch that the answer was part of.
         query_audio, reply_audio: Wav files relative to the records' folder, None where none was stored.
         query_seconds, reply_seconds: Their durations, None where none was stored.
-        judge, score: Who scored the reply and how, empty until `score_records`.
+        heard_key: Key of the item whose voice was heard, where a control played another one's.
+        checkpoint: SHA-256 of the weights that answered.
+        seed: Of the sampling.
+        label_probabilities: Label set -> label -> probability, what the model gave each label where it named one.
+        judge, score: Who scored the reply and how. They stand in a file of their own (`scores`), never in this one;
+            a judge without a score could not be read.
     """
 
     item: EvaluationItem
     text: str
     answer: ParsedAnswer
+    thinking: str = ""
     codes: int = 0
     repetition: float = 0.0
     finished: bool = True
@@ -59,22 +67,34 @@ class AnswerRecord:
     reply_audio: str | None = None
     query_seconds: float | None = None
     reply_seconds: float | None = None
+    heard_key: str = ""
+    checkpoint: str = ""
+    seed: int = 0
+    label_probabilities: dict[str, dict[str, float]] = field(default_factory=dict)
     judge: str = ""
     score: JudgeScore | None = None
 
 
-def record_of(generated: GeneratedReply, *, set_name: str, fmt: ThinkingFormat | None = None) -> AnswerRecord:
+def record_of(
+    generated: GeneratedReply, *, set_name: str, fmt: ThinkingFormat | None = None, item: EvaluationItem | None = None
+) -> AnswerRecord:
     """The record of an answer.
 
     Args:
         generated: What the model wrote.
         set_name: The evaluation set that the question belongs to.
         fmt: The wording of thinking, that of the prompt set that the model was trained with.
+        item: What was asked, as its set describes it; without it what the dialogue itself tells.
     """
+    answer = parse_answer(generated, fmt=fmt)
+    posed = item_of(generated.reference, set_name=set_name)
+    if item is not None:
+        posed = dataclasses.replace(item, task=generated.reference.task)
     return AnswerRecord(
-        item=item_of(generated.reference, set_name=set_name),
+        item=posed,
         text=generated.text,
-        answer=parse_answer(generated, fmt=fmt),
+        answer=answer,
+        thinking=parse_thinking(generated.text, fmt).written if answer.thinks else "",
         codes=int(generated.speech_codes.numel()),
         repetition=repetition_rate(generated.speech_codes),
         finished=generated.finished,
@@ -82,15 +102,29 @@ def record_of(generated: GeneratedReply, *, set_name: str, fmt: ThinkingFormat |
     )
 
 
-def score_records(records: Iterable[AnswerRecord], *, judge: Judge) -> list[AnswerRecord]:
-    """The same answers, scored by `judge`; earlier scores are replaced."""
-    return [
-        dataclasses.replace(
-            record,
-            judge=judge.name,
-            score=judge.score(record.item.transcript, labels=record.item.labels, reply=record.answer.reply),
+def score_records(records: Sequence[AnswerRecord], *, judge: Judge, folder: Path = Path()) -> list[AnswerRecord]:
+    """The same answers, scored by `judge`; earlier scores are replaced.
+
+    Args:
+        records: Answers.
+        judge: Who scores.
+        folder: Where the answers are stored; the judge may keep a record of its own there.
+    """
+    replies = [
+        JudgedReply(
+            key=f"{record.item.set_name}/{record.item.key}",
+            transcript=record.item.transcript,
+            labels=record.item.labels,
+            categories=record.item.categories,
+            reply=record.answer.reply,
+            reply_audio=folder / record.reply_audio if record.reply_audio else None,
         )
         for record in records
+    ]
+    scores = judge.score_all(replies, folder=folder)
+    return [
+        dataclasses.replace(record, judge=judge.name, score=score)
+        for record, score in zip(records, scores, strict=True)
     ]
 
 
@@ -178,22 +212,17 @@ class RecordWriter:
 
 
 def rescore_records(path: Path, *, judge: Judge) -> list[AnswerRecord]:
-    """Score a file of answers, again or for the first time, and keep the scores in it."""
-    records = score_records(read_records(path), judge=judge)
-    write_records(path, records, made_by=read_made_by(path))
+    """Score a file of answers, again or for the first time, and keep the scores beside it (see `scores`)."""
+    records = score_records(read_records(path), judge=judge, folder=path.parent)
+    scores = dict(zip(score_keys(records), (record.score for record in records), strict=True))
+    write_scores(path, ScoreFile(judge=judge.name, made_by=read_made_by(path), scores=scores))
     return records
 
 
-def write_records(path: Path, records: Iterable[AnswerRecord], *, made_by: str) -> None:
-    """Write answers whose audio is stored already, for instance after they were scored again."""
-    header = json.dumps({"schema": SCHEMA, "made_by": made_by})
-    partial = path.with_name(f"{path.name}.partial")
-    _write_lines(partial, [header, *(_as_line(record) for record in records)])
-    partial.replace(path)
+def read_records(path: Path, *, judge: str | None = None) -> list[AnswerRecord]:
+    """Read answers back, with the scores of `judge`, or of the one that scored last.
 
-
-def read_records(path: Path) -> list[AnswerRecord]:
-    """Read answers back.
+    Scores of answers that have been replaced since are left out.
 
     Raises:
         UserError: The file is not there, is not a file of answers, or is of another schema.
@@ -205,12 +234,29 @@ def read_records(path: Path) -> list[AnswerRecord]:
             records.append(_record_from(json.loads(line)))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not an answer record ({error})") from error
-    return records
+    scored = read_scores(path, judge=judge)
+    if scored is None or scored.made_by != read_made_by(path):
+        return records
+    keyed = zip(score_keys(records), records, strict=True)
+    return [
+        dataclasses.replace(record, judge=scored.judge, score=scored.scores[key]) if key in scored.scores else record
+        for key, record in keyed
+    ]
 
 
 def read_made_by(path: Path) -> str:
     """What made the answers of a file, as `RecordWriter` was told."""
     return str(json.loads(_read_lines(path)[0])["made_by"])
+
+
+def is_finished(path: Path, *, made_by: str) -> bool:
+    """Whether a file holds all answers that `made_by` stands for."""
+    if not path.is_file():
+        return False
+    try:
+        return read_made_by(path) == made_by
+    except UserError:
+        return False  # Of another schema or damaged: it is made anew.
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -232,7 +278,9 @@ def _read_lines(path: Path) -> list[str]:
 
 def _as_line(record: AnswerRecord) -> str:
     """A record as one line of JSON, which knows no NaN."""
-    return json.dumps(nan_as_none(dataclasses.asdict(record)), ensure_ascii=False, allow_nan=False)
+    row = dataclasses.asdict(record)
+    del row["judge"], row["score"]
+    return json.dumps(nan_as_none(row), ensure_ascii=False, allow_nan=False)
 
 
 def nan_as_none(value: Any) -> Any:
@@ -248,15 +296,7 @@ def _record_from(row: dict[str, Any]) -> AnswerRecord:
     item = EvaluationItem(**row.pop("item"))
     answer = row.pop("answer")
     answer = ParsedAnswer(**{**answer, "asked_labels": tuple(answer["asked_labels"])})
-    score = row.pop("score")
-    return AnswerRecord(item=item, answer=answer, score=_score_from(score), **row)
-
-
-def _score_from(row: dict[str, Any] | None) -> JudgeScore | None:
-    if row is None:
-        return None
-    total = row.pop("total")
-    return JudgeScore(total=math.nan if total is None else total, **row)
+    return AnswerRecord(item=item, answer=answer, **row)
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord
-from lightning_echat.evaluation.report_plots import Series, draw_curves, draw_scores
+from lightning_echat.evaluation.report_plots import Series, draw_curves, draw_reliability, draw_scores
 from lightning_echat.evaluation.run_folder import RunFolder, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -25,6 +25,7 @@ _POINTS_DRAWN = 300
 
 _SECTIONS = frozenset(
     {"seconds", "machine", "versions", "stages", "understanding", "thinking", "empathy", "speech", "data"}
+    | {"other_judges", "benchmarks", "items_skipped"}
 )
 """Parts of a report that have a place of their own on the page; all others are listed as they are."""
 
@@ -74,6 +75,7 @@ def _page_content(run: RunFolder) -> dict[str, Any]:
         "categories": CATEGORIES,
         "systems": systems,
         "score_plot": draw_scores(_scores(systems), name="scores") if systems else None,
+        "reliability": _reliability(report.get("understanding") or {}),
         "stages": _stages(run),
         "dialogues": _dialogues(run, controls=set(empathy.get("controls") or {})),
     }
@@ -81,6 +83,19 @@ def _page_content(run: RunFolder) -> dict[str, Any]:
 
 def _scores(systems: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {system: {name: found[name] for name in CATEGORIES if name in found} for system, found in systems.items()}
+
+
+def _reliability(understanding: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each set whose answers say how sure the model was: its drawing and its errors of calibration."""
+    sets = {understanding.get("set", ""): understanding, **(understanding.get("other_sets") or {})}
+    drawn = []
+    for name, figures in sets.items():
+        scored = {label: found for label, found in (figures.get("calibration") or {}).items() if found["reliability"]}
+        if scored:
+            tables = {label: found["reliability"] for label, found in scored.items()}
+            svg = draw_reliability(tables, name=f"reliability-{name}")
+            drawn.append({"name": name, "svg": svg, "calibration": scored})
+    return drawn
 
 
 def _stages(run: RunFolder) -> list[dict[str, Any]]:

@@ -68,6 +68,28 @@ def draw_scores(scores: Mapping[str, Mapping[str, Sequence[float | None]]], *, n
     return _as_svg(figure, name=name)
 
 
+def draw_reliability(tables: Mapping[str, Sequence[Mapping[str, float]]], *, name: str) -> str:
+    """Accuracy over confidence, a line a label set, beside the diagonal on which a calibrated model stands.
+
+    `tables` is label set -> bins with `confidence`, `accuracy` and `items`; a larger point holds more answers.
+    """
+    figure = Figure(figsize=(4.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
+    for index, (label, rows) in enumerate(tables.items()):
+        color = COLORS[index % len(COLORS)]
+        confidence, accuracy = ([row[key] for row in rows] for key in ("confidence", "accuracy"))
+        items = sum(row["items"] for row in rows)
+        axes.plot(confidence, accuracy, color=color, linewidth=1.2, label=label)
+        axes.scatter(confidence, accuracy, [6 + 60 * row["items"] / items for row in rows], color=color)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("probability of the label named")
+    _dress(figure, axes)
+    figure.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=4, loc="outside lower center")
+    return _as_svg(figure, name=name)
+
+
 def _dress(figure: Figure, axes: Axes) -> None:
     """No box, no background, a faint grid, and everything that is ink in one colour."""
     figure.patch.set_alpha(0.0)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_echat.command_errors import nearest
 from lightning_echat.contracts import UserError
 from lightning_echat.evaluation.items import CUES, NO_CUE, categories_of, present_cues
-from lightning_echat.evaluation.judging import JudgeScore
+from lightning_echat.evaluation.judging import JudgedReply, JudgeScore
 from lightning_echat.metrics import normalize_english
 from lightning_echat.tokens.paralinguistics import LABEL_SETS, check_label
 
@@ -76,7 +77,10 @@ def load_rubric(rubric: str | Path = DEFAULT_RUBRIC) -> Rubric:
     shipped = {path.stem: path for path in RUBRICS.glob("*.yaml")}
     path = shipped.get(str(rubric), Path(rubric))
     if not path.is_file():
-        raise UserError(f"no rubric {str(rubric)!r}; give a YAML file or one of: {', '.join(sorted(shipped))}")
+        raise UserError(
+            f"no rubric {str(rubric)!r}; give a YAML file or one of: {', '.join(sorted(shipped))}"
+            f"{nearest(str(rubric), shipped)}"
+        )
     raw = path.read_bytes()
     try:
         loaded = _rubric_from(yaml.safe_load(raw), sha256=hashlib.sha256(raw).hexdigest())
@@ -111,8 +115,20 @@ class RubricJudge:
         """How scores name this judge: rubric/echat_en_v1."""
         return f"rubric/{self.rubric.identifier}"
 
-    def score(self, transcript: str, *, labels: Mapping[str, str], reply: str) -> JudgeScore:
-        """Score `reply` to a query with these words, spoken by a voice with these labels."""
+    def score_all(self, replies: Sequence[JudgedReply], *, folder: Path) -> list[JudgeScore | None]:
+        """Score every reply; nothing is kept in `folder`, as scoring again gives the same and costs nothing."""
+        return [
+            self.score(said.transcript, labels=said.labels, reply=said.reply, categories=said.categories)
+            for said in replies
+        ]
+
+    def score(
+        self, transcript: str, *, labels: Mapping[str, str], reply: str, categories: Sequence[str] | None = None
+    ) -> JudgeScore:
+        """Score `reply` to a query with these words, spoken by a voice with these labels.
+
+        `categories` are those of the item; without them it counts in each whose cue it carries.
+        """
         phrases = self._pattern.findall(self._words(reply))
         verdicts = {cue: self._verdict(cue, labels[cue], phrases) for cue in CUES if cue in labels}
         on_topic = self._is_on_topic(transcript, reply)
@@ -131,10 +147,10 @@ class RubricJudge:
             values = [per_dimension[cue] for cue in judged]
             return factor * sum(values) / len(values) if values else math.nan
 
-        categories = categories_of(labels)
+        judged = categories_of(labels) if categories is None else categories
         return JudgeScore(
             total=of(cues),
-            by_category={name: of(cues if name == "multi" else [name]) for name in categories},
+            by_category={name: of(cues if name == "multi" else [name]) for name in judged},
             per_dimension=per_dimension,
             verdicts=verdicts,
             phrases=phrases,

@@ -18,9 +18,8 @@ import numpy as np
 from lightning_echat.evaluation.bootstrap import bootstrap_interval
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord, nan_as_none
-from lightning_echat.metrics import UNPARSED, EnglishWordErrorRate, LabelAccuracy
+from lightning_echat.evaluation.understanding import asked_sets, label_scores, summarize_understanding, word_error_rate
 from lightning_echat.nn.token2wav.kmeans import CODE_RATE
-from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 
 def summarize(
@@ -48,23 +47,10 @@ def summarize(
     }
 
 
-def summarize_understanding(records: Sequence[AnswerRecord]) -> dict[str, Any]:
-    """WER, label accuracies beside their majority baselines, and confusion matrices, for each set of items."""
-    sets = list(dict.fromkeys(record.item.set_name for record in records))
-    summaries = [
-        _summarize_understanding_set([record for record in records if record.item.set_name == name], set_name=name)
-        for name in sets
-    ]
-    if not summaries:
-        return _summarize_understanding_set([], set_name="")
-    others = {name: summary for name, summary in zip(sets[1:], summaries[1:], strict=True)}
-    return {**summaries[0], "other_sets": others} if others else summaries[0]
-
-
 def summarize_thinking(records: Sequence[AnswerRecord]) -> dict[str, Any]:
     """Of the answers that had to think: how often the thinking can be read in full, and how often it is right."""
     thinking = [record for record in records if record.answer.thinks]
-    accuracy = {name: label_scores(thinking, name)["accuracy"] for name in _asked_sets(thinking)}
+    accuracy = {name: label_scores(thinking, name)["accuracy"] for name in asked_sets(thinking)}
     choices = [
         record.answer.reply_emotion == record.item.reply_emotion for record in thinking if record.item.reply_emotion
     ]
@@ -119,47 +105,6 @@ def summarize_speech(records: Sequence[AnswerRecord]) -> dict[str, Any]:
     }
 
 
-def word_error_rate(records: Sequence[AnswerRecord]) -> float:
-    """Corpus WER of the answers that had to repeat the words; one without a transcript has heard nothing."""
-    metric = EnglishWordErrorRate()
-    pairs = [
-        (record.answer.transcript or "", record.item.transcript)
-        for record in records
-        if record.answer.transcribes and record.item.transcript
-    ]
-    metric.update([heard for heard, _ in pairs], [said for _, said in pairs])
-    return float(metric.compute())
-
-
-def label_scores(records: Sequence[AnswerRecord], label_set: str) -> dict[str, Any]:
-    """`accuracy`, `macro_f1`, `majority_baseline` and `confusion` of a label set, over the answers that had to name it.
-
-    The confusion matrix is {"labels", "predicted", "counts"}: rows the truth, columns what was answered, without labels
-    that never occur; its last column counts the answers that name no label of the set.
-    """
-    metric = LabelAccuracy(label_set)
-    asked = _asked(records, label_set)
-    metric.update(
-        [record.answer.labels.get(label_set) for record in asked], [record.item.labels[label_set] for record in asked]
-    )
-    scores = metric.compute()
-    return {
-        **{name: float(scores[name]) for name in ("accuracy", "macro_f1", "majority_baseline")},
-        "confusion": _trimmed(scores["confusion"].numpy(), LABEL_SETS[label_set]),
-    }
-
-
-def _trimmed(counts: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-    """A confusion matrix with its names, without rows of no items and without columns of labels that nobody met."""
-    rows = [place for place in range(len(labels)) if counts[place].any()]
-    columns = [place for place in range(len(labels)) if counts[place].any() or counts[:, place].any()]
-    return {
-        "labels": [labels[place] for place in rows],
-        "predicted": [*(labels[place] for place in columns), UNPARSED],
-        "counts": counts[np.ix_(rows, [*columns, len(labels)])].tolist(),
-    }
-
-
 def write_report_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write `report.json`: what has no data is null, and the file is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,45 +114,32 @@ def write_report_json(path: Path, report: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _summarize_understanding_set(records: Sequence[AnswerRecord], *, set_name: str) -> dict[str, Any]:
-    scores = {name: label_scores(records, name) for name in _asked_sets(records)}
-    by_label_set = {
-        figure: {name: found[figure] for name, found in scores.items()}
-        for figure in ("accuracy", "macro_f1", "majority_baseline", "confusion")
-    }
-    return {
-        "set": set_name,
-        "items": len(records),
-        "unfinished": sum(not record.finished for record in records),
-        "wer": word_error_rate(records),
-        **by_label_set,
-    }
-
-
-def _asked(records: Sequence[AnswerRecord], label_set: str) -> list[AnswerRecord]:
-    """The answers that had to name a label of this set, and whose truth is known."""
-    return [record for record in records if label_set in record.answer.asked_labels and label_set in record.item.labels]
-
-
-def _asked_sets(records: Sequence[AnswerRecord]) -> list[str]:
-    return [name for name in LABEL_SETS if _asked(records, name)]
-
-
 def _only_judge(records: Sequence[AnswerRecord]) -> str | None:
     """The judge of all answers, None where there are none. Scores of two judges never meet in one table."""
     judges = {record.judge for record in records}
-    if len(judges) > 1 or any(record.score is None for record in records):
+    if len(judges) > 1 or "" in judges:
         raise ValueError(f"every answer must be scored, by one judge; found: {sorted(judges)} (see score_records)")
     return judges.pop() if judges else None
 
 
 def _category_scores(records: Sequence[AnswerRecord], *, seed: int) -> dict[str, Any]:
-    """[score, low, high] by category, the number of items behind each, and the share of replies on topic."""
+    """[score, low, high] by category and dimension, the items behind each, what has no score, the share on topic."""
     scores = {name: _scores_in(records, name) for name in CATEGORIES}
+    scored = [record.score for record in records if record.score is not None]
+    dimensions = dict.fromkeys(name for score in scored for name in score.per_dimension)
     return {
         **{name: list(bootstrap_interval(list(found.values()), seed=seed)) for name, found in scores.items()},
         "items_in_category": {name: len(found) for name, found in scores.items()},
-        "on_topic": _mean([record.score.on_topic for record in records if record.score is not None]),
+        "dimensions": {
+            name: list(
+                bootstrap_interval(
+                    [score.per_dimension[name] for score in scored if name in score.per_dimension], seed=seed
+                )
+            )
+            for name in dimensions
+        },
+        "unparsed": len(records) - len(scored),
+        "on_topic": _mean([score.on_topic for score in scored if score.on_topic is not None]),
     }
 
 

@@ -34,6 +34,9 @@ RunCommand = Callable[[list[str]], None]
 PRELOADED = ("lightning_echat.lightning_cli", "torchaudio", "wandb")
 """Imported once, before children are forked."""
 
+START_METHOD = "forkserver"
+"""How: from a process that has no threads yet."""
+
 _SAMPLING_SECONDS = 5.0
 """Between two looks at the memory in use: reading the shared pages of many processes costs a core for a moment."""
 
@@ -120,7 +123,7 @@ class RunningStep:
         self._exit_code: int | None = None
         self._sampled = 0.0
         write_state(out, step.name, self.state)
-        self.child = _start(run_command, list(step.command), log)
+        self.child = _start(run_command, list(step.command), log, lock=_state_file(out, step.name, "lock"))
         self._measured = shares_memory_with or self.child.pid
 
     @property
@@ -164,17 +167,20 @@ class RunningStep:
         return self.state
 
 
-def _start(run_command: RunCommand, args: list[str], log: Path | None) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
+def _start(run_command: RunCommand, args: list[str], log: Path | None, *, lock: Path) -> BaseProcess:
+    context = multiprocessing.get_context(START_METHOD)
     context.set_forkserver_preload(list(PRELOADED))
-    child = context.Process(target=_in_child, args=(run_command, args, log))
+    child = context.Process(target=_in_child, args=(run_command, args, log, lock))
     sys.stdout.flush()
     child.start()
     return child
 
 
-def _in_child(run_command: RunCommand, args: list[str], log: Path | None) -> None:
+def _in_child(run_command: RunCommand, args: list[str], log: Path | None, lock: Path) -> None:
     _end_with_parent()
+    # Held until this process is gone: one that a killed run has left may still be saving into the same folder.
+    held = lock.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as stream:
@@ -230,10 +236,14 @@ def _tree_memory(pid: int) -> int:
     return total
 
 
+def _state_file(out: Path, name: str, ending: str) -> Path:
+    return out / ".recipe" / f"{name}.{ending}"
+
+
 def read_state(out: Path, name: str) -> StepState | None:
     """What is remembered of a step; None where nothing is, or what is there cannot be read."""
     try:
-        content = json.loads((out / ".recipe" / f"{name}.json").read_text(encoding="utf-8"))
+        content = json.loads(_state_file(out, name, "json").read_text(encoding="utf-8"))
         return StepState(**{**content, "command": tuple(content["command"])})
     except (FileNotFoundError, json.JSONDecodeError, TypeError, KeyError):
         # An unreadable state costs a run of the step, never a wrong reuse.
@@ -242,7 +252,7 @@ def read_state(out: Path, name: str) -> StepState | None:
 
 def write_state(out: Path, name: str, state: StepState) -> None:
     """Remember a step; a reader sees the old state or the new one, never half of it."""
-    path = out / ".recipe" / f"{name}.json"
+    path = _state_file(out, name, "json")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")

@@ -52,13 +52,13 @@ def importance(trials: Sequence[Trial], parameters: Sequence[str]) -> Importance
     features = np.column_stack([columns[name] for name in varied])
     forest = RandomForestRegressor(n_estimators=300, oob_score=True, random_state=0).fit(features, values)
     found = permutation_importance(forest, features, values, n_repeats=20, random_state=0)
-    means = np.clip(found["importances_mean"], 0.0, None)
+    means = np.clip(np.asarray(found["importances_mean"], dtype=np.float64), 0.0, None)
     total = means.sum()
     return Importance(
         explained=float(forest.oob_score_),
         shares={name: float(mean / total) if total else math.nan for name, mean in zip(varied, means, strict=True)},
         correlation={
-            name: float(spearmanr(columns[name], values).statistic)
+            name: float(np.asarray(spearmanr(columns[name], values))[0])
             for name in varied
             if all(_is_number(trial.parameters.get(name)) for trial in used)
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class Trial:
 
 def need_engine() -> None:
     """Raise `UserError` where the engine is not installed."""
+    # The engine's own use of pydantic, which no user of ours can change.
+    warnings.filterwarnings("ignore", message=".*onfig.*", module=r"pydantic|sweeps")
     for module in ("sweeps.config", "sklearn", "jsonschema"):
         try:
             found = importlib.util.find_spec(module)

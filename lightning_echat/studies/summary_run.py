@@ -7,20 +7,26 @@ import os
 from pathlib import Path
 
 from lightning_echat.studies.results import StudyResults
+from lightning_echat.tracking.defaults import set_wandb_defaults
 
 
 def log_summary(results: StudyResults, out: Path) -> None:
     """One run that holds the means, the table of all runs and the drawing; offline unless WANDB_MODE says otherwise."""
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    os.environ.setdefault("WANDB_SILENT", "true")
+    set_wandb_defaults()
     os.environ.setdefault("WANDB_DATA_DIR", str(out.absolute() / ".wandb-data"))
     import wandb
 
     if os.environ["WANDB_MODE"] == "disabled":
         return
     study = results.study
-    columns = ["variant", "seed", *(figure.name for figure in study.figures), "seconds", "steps", "failure"]
+    columns: list[str | int] = [
+        "variant",
+        "seed",
+        *(figure.name for figure in study.figures),
+        "seconds",
+        "steps",
+        "failure",
+    ]
     rows = [
         [
             run.variant,

@@ -187,7 +187,8 @@ def check_with_parser(sweep: SweepFile, *, resolve: Resolve, scratch: Path) -> d
             try:
                 settings = parse(values)
             except Exception as error:
-                error.args = (f"{sweep.path}: {error}",)
+                # The parser read the values from a file that nobody else ever sees.
+                error.args = (f"{sweep.path}: {str(error).replace(f' ({file} line 1)', '')}",)
                 raise
         first = {name: options[0] for name, options in candidates.items()}
         for name, distribution in sweep.parameters.items():

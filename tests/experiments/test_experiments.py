@@ -129,7 +129,7 @@ def test_every_other_step_of_the_quickstart_parses(monkeypatch):
     for words in recipe_steps("out=elsewhere").values():
         if words[0] != "fit":
             cli.main(words)
-    assert set(called) == {"data synthesize", "data tokenize", "evaluate", "report"}
+    assert set(called) == {"data synthesize", "data tokenize", "evaluate", "evaluate resynthesis", "report"}
     asked = called["evaluate"]
     assert [(entry.name, entry.shards) for entry in asked["sets"]] == [
         ("held-out voices", ["elsewhere/corpus/held_out_voices"]),

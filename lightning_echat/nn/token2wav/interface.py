@@ -1,8 +1,7 @@
 """What every speech tokenizer and every code vocoder is to the rest of the platform.
 
 The two are apart because they may come apart: the k-means tokenizer of the quickstart is both in one folder, the 25 Hz
-CosyVoice codes come from one network and become a waveform in another. A third kind is a class with these members and
-an entry in `_KINDS`.
+CosyVoice codes come from one network and become a waveform in another. docs/recipes.md has how to add a third kind.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.token2wav.cosyvoice_tokenizer import CosyVoiceSpeechTokenizer, find_weights
 from lightning_echat.nn.token2wav.kmeans import CONFIG_NAME, KMeansSpeechTokenizer
+from lightning_echat.nn.token2wav.synthesizer import TOKEN2WAV_NAME, FlowToken2Wav
 
 
 class SpeechTokenizer(Protocol):
@@ -58,34 +59,42 @@ class Token2Wav(Protocol):
         ...
 
 
-_KINDS: dict[str, type[KMeansSpeechTokenizer]] = {"kmeans": KMeansSpeechTokenizer}
-
-
 def load_speech_tokenizer(folder: Path) -> SpeechTokenizer:
-    """The speech tokenizer that `save` wrote.
+    """The speech tokenizer of a folder: one that `echat data tokenize` has fitted, or CosyVoice's own weights.
 
     Raises:
         UserError: The folder holds none, or a damaged one.
     """
-    return _load(folder)
+    if not (folder / CONFIG_NAME).is_file() and find_weights(folder) is not None:
+        return CosyVoiceSpeechTokenizer.load(folder)
+    return _fitted(folder)
 
 
 def load_token2wav(folder: Path) -> Token2Wav:
-    """The decoder that belongs to the codes of a folder; a k-means tokenizer is its own.
+    """What speaks the codes of a folder: a flow with its vocoder, or a k-means tokenizer, which is its own.
 
     Raises:
-        UserError: The folder holds none, or a damaged one.
+        UserError: The folder holds neither, or a damaged one.
     """
-    return _load(folder)
+    if (folder / TOKEN2WAV_NAME).is_file():
+        return FlowToken2Wav.load(folder)
+    if not (folder / CONFIG_NAME).is_file() and find_weights(folder) is not None:
+        raise UserError(
+            f"{folder} holds a speech tokenizer that cannot speak; give the folder of echat convert token2wav"
+        )
+    return _fitted(folder)
 
 
-def _load(folder: Path) -> KMeansSpeechTokenizer:
+def _fitted(folder: Path) -> KMeansSpeechTokenizer:
     kind = str(read_config(folder).get("kind"))
     if kind not in _KINDS:
         near = get_close_matches(kind, _KINDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_KINDS)}"
         raise UserError(f"{folder / CONFIG_NAME}: unknown kind {kind!r}{hint}")
     return _KINDS[kind].load(folder)
+
+
+_KINDS = {"kmeans": KMeansSpeechTokenizer}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -11,18 +11,24 @@ import soundfile
 import torch
 
 from lightning_echat.contracts import SAMPLE_RATE, UserError
+from lightning_echat.data.writers import encode_audio
 from lightning_echat.decoding import DecodingConfig
-from lightning_echat.evaluation import evaluate as evaluate_module
-from lightning_echat.evaluation.evaluate import EvaluationSet, QuestionConfig, evaluate
+from lightning_echat.evaluation import answering
+from lightning_echat.evaluation.answering import QuestionConfig
+from lightning_echat.evaluation.compare import compare
+from lightning_echat.evaluation.evaluate import choose_device, evaluate
+from lightning_echat.evaluation.item_sets import EvaluationSet
 from lightning_echat.evaluation.records import read_records
+from lightning_echat.evaluation.scoring import score
 from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
-from lightning_echat.testing import CODEBOOK_SIZE, save_tiny_checkpoint, tiny_model, write_dummy_shards
+from lightning_echat.testing import CODEBOOK_SIZE, dummy_audio, save_tiny_checkpoint, tiny_model, write_dummy_shards
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
 QUESTIONS = QuestionConfig(
     batch=3,
     thinking="none",
     audio_items=2,
+    controls=("text_only",),
     decoding=DecodingConfig(max_text_ids=8, max_speech_ids=20),
 )
 
@@ -53,13 +59,13 @@ def sets(tmp_path_factory) -> list[EvaluationSet]:
 def generated(monkeypatch) -> list[list[str]]:
     """Keys of each batch that is answered."""
     batches: list[list[str]] = []
-    generate = evaluate_module.generate
+    generate = answering.generate
 
     def counted(model, batch, *args):
         batches.append([reference.key for reference in batch.references])
         return generate(model, batch, *args)
 
-    monkeypatch.setattr(evaluate_module, "generate", counted)
+    monkeypatch.setattr(answering, "generate", counted)
     return batches
 
 
@@ -148,19 +154,19 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, checkpoint, sets,
     whole = tmp_path / "whole"
     evaluate(checkpoint, sets[:1], whole, questions=QUESTIONS)
     generated.clear()
-    counted = evaluate_module.generate
+    counted = answering.generate
 
     def interrupted(*args):
         if len(generated) == 3:
             raise KeyboardInterrupt
         return counted(*args)
 
-    monkeypatch.setattr(evaluate_module, "generate", interrupted)
+    monkeypatch.setattr(answering, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint, sets[:1], tmp_path / "run", questions=QUESTIONS)
     assert not (tmp_path / "run" / "report.json").exists()
     generated.clear()
-    monkeypatch.setattr(evaluate_module, "generate", counted)
+    monkeypatch.setattr(answering, "generate", counted)
     evaluate(checkpoint, sets[:1], tmp_path / "run", questions=QUESTIONS)
     # The second half of the dialogues, and the control.
     assert len(generated) == 3
@@ -197,3 +203,152 @@ def test_sets_must_be_given_and_told_apart(tmp_path, checkpoint, sets):
 
 def _contents(out: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted((out / "evaluation").rglob("*")) if path.is_file()}
+
+
+CONTROLS = replace(
+    QUESTIONS, thinking="label", controls=("text_only", "label_oracle", "neutral_voice", "shuffled_audio")
+)
+
+
+@pytest.fixture(scope="module")
+def own_items(tmp_path_factory) -> list[EvaluationSet]:
+    """Five items as JSON lines, four of them with a neutral voice, one without sound at all."""
+    folder = Path(tmp_path_factory.mktemp("items"))
+    rows = []
+    for number in range(5):
+        for kind in ("query", "neutral"):
+            audio = dummy_audio(0.5, seed=10 * number + (kind == "neutral"))
+            (folder / f"{kind}{number}.wav").write_bytes(encode_audio(audio, audio_format="wav"))
+        rows.append(
+            {
+                "key": f"item-{number}",
+                "category": "emotion",
+                "audio": f"query{number}.wav",
+                "neutral_audio": f"neutral{number}.wav",
+                "transcript": f"find cafe {number}",
+                "labels": {"emotion": "sad", "age": "old", "gender": "male", "event": "none"},
+                "source": "held-out voices" if number % 2 else "unseen voice types",
+            }
+        )
+    (folder / "query4.wav").write_bytes(b"no sound")
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [EvaluationSet(name="mine", shards=[str(folder / "items.jsonl")])]
+
+
+def test_controls_stand_in_the_same_table_and_what_is_skipped_is_counted(tmp_path, checkpoint, own_items):
+    evaluate(checkpoint, own_items, tmp_path, questions=replace(CONTROLS, batch=5))
+    report = report_of(tmp_path)
+    controls = report["empathy"]["controls"]
+    assert list(controls) == ["text_only", "label_oracle", "neutral_voice", "shuffled_audio"]
+    # The broken file is heard by the model itself, the oracle, and by the item that is given its sound.
+    assert report["empathy"]["items"] == 4
+    assert {name: found["items"] for name, found in controls.items()} == {
+        "text_only": 5, "label_oracle": 4, "neutral_voice": 5, "shuffled_audio": 4,
+    }  # fmt: skip
+    assert report["items_skipped"]["dialogues"] == {"unreadable audio": 1}
+    assert report["items_skipped"]["neutral_voice"] == {}
+    assert set(report["understanding"]["by_source"]) == {"held-out voices", "unseen voice types"}
+    shuffled = read_records(tmp_path / "evaluation" / "shuffled_audio.jsonl")
+    assert {record.item.key: record.heard_key for record in shuffled} == {
+        "item-0": "item-2", "item-1": "item-3", "item-3": "item-0", "item-4": "item-1",
+    }  # fmt: skip
+    oracle = read_records(tmp_path / "evaluation" / "label_oracle.jsonl")
+    for record in oracle:
+        assert record.text.startswith(f"<think>words: {record.item.transcript} ; age: <old> ; gender: <male>")
+        assert record.answer.transcript == record.item.transcript
+        assert {**record.answer.labels, "event": "none"} == record.item.labels
+        assert record.item.task == "speech_to_speech.label_thinking"
+
+
+def test_neutral_voices_are_what_the_control_hears(tmp_path, checkpoint, own_items, monkeypatch):
+    heard: dict[str, list[float]] = {}
+    generate = answering.generate
+
+    def listen(model, batch, *args):
+        for reference in batch.references:
+            heard.setdefault(reference.key, []).append(float(batch.log_mels.sum()))
+        return generate(model, batch, *args)
+
+    monkeypatch.setattr(answering, "generate", listen)
+    evaluate(
+        checkpoint,
+        own_items,
+        tmp_path,
+        questions=replace(CONTROLS, batch=1, controls=("label_oracle", "neutral_voice")),
+    )
+    # Asked in this order: understanding, dialogue, oracle, neutral voice.
+    understanding, dialogue, oracle, neutral = heard["item-0"]
+    assert understanding == dialogue == oracle != neutral
+
+
+def test_a_control_that_cannot_be_asked_is_left_out_and_says_why(tmp_path, checkpoint, sets):
+    evaluate(checkpoint, sets[:1], tmp_path, questions=replace(CONTROLS, thinking="none"))
+    empathy = report_of(tmp_path)["empathy"]
+    assert list(empathy["controls"]) == ["text_only", "shuffled_audio"]
+    assert "does not think" in empathy["controls_left_out"]["label_oracle"]
+    assert "neutral_audio" in empathy["controls_left_out"]["neutral_voice"]
+
+
+def test_every_answer_says_what_made_it_and_how_sure_the_model_was(tmp_path, checkpoint, sets, monkeypatch):
+    said = answering.generate
+
+    def labelled(model, batch, tokenizer, config):
+        replies = said(model, batch, tokenizer, config)
+        return [replace(reply, text="a cafe<old><male>") for reply in replies]
+
+    monkeypatch.setattr(answering, "generate", labelled)
+    evaluate(checkpoint, sets[:1], tmp_path, questions=replace(QUESTIONS, controls=()))
+    records = read_records(tmp_path / "evaluation" / "understanding-held-out_voices.jsonl")
+    digest = report_of(tmp_path)["checkpoint"]["sha256"]
+    for record in records:
+        assert (record.checkpoint, record.seed) == (digest, 0)
+        assert set(record.label_probabilities) == {"age", "gender"}
+        assert sum(record.label_probabilities["age"].values()) == pytest.approx(1.0)
+    calibration = report_of(tmp_path)["understanding"]["calibration"]
+    assert calibration["age"]["items"] == 5 and calibration["event"]["unscored"] == 5
+
+
+def test_scoring_again_needs_no_model_and_keeps_the_other_judge(tmp_path, checkpoint, sets, monkeypatch):
+    evaluate(checkpoint, sets[:1], tmp_path, questions=QUESTIONS)
+    before, answers = report_of(tmp_path), _contents(tmp_path)
+    checkpoint.unlink()
+    score(tmp_path, judge="tests.lightning_echat.evaluation.test_judging.LengthJudge", judge_args={"points": 3.0})
+    report = report_of(tmp_path)
+    assert report["empathy"]["judge"] == "length/3"
+    assert report["other_judges"]["rubric/echat_en_v1"]["emotion"] == before["empathy"]["emotion"]
+    score(tmp_path)
+    assert report_of(tmp_path)["empathy"]["emotion"] == before["empathy"]["emotion"]
+    kept = {path: content for path, content in _contents(tmp_path).items() if "/scores/" not in path}
+    assert kept == {path: content for path, content in answers.items() if "/scores/" not in path}
+    with pytest.raises(UserError, match="give a folder that echat evaluate has finished"):
+        score(tmp_path / "nowhere")
+
+
+def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, checkpoint, sets, speaking):
+    evaluate(checkpoint, sets[:1], tmp_path / "a", questions=QUESTIONS)
+    evaluate(checkpoint, [replace(sets[0], max_items=3)], tmp_path / "b", questions=QUESTIONS)
+    path = tmp_path / "b" / "evaluation" / "scores" / "rubric_echat_en_v1" / "dialogues.jsonl"
+    header, *lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["score"]["by_category"] = {"gender": 40.0}
+    path.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
+    compare([tmp_path / "a", tmp_path / "b"], out=tmp_path / "compare.json")
+    found = json.loads((tmp_path / "compare.json").read_text())["replies"]["gender"]
+    assert (found["items"], found["only_in_one"]) == (3, 2)
+    assert found["second"] == 40.0
+    assert found["difference"][0] == pytest.approx(40.0 - found["first"])
+    assert found["difference"][1] <= found["difference"][0] <= found["difference"][2]
+    assert found["share_better"] == 1.0
+    understanding = json.loads((tmp_path / "compare.json").read_text())["understanding"]["held-out_voices"]
+    assert understanding["age"]["difference"] == [0.0, 0.0, 0.0] and understanding["age"]["share_better"] == 0.5
+    with pytest.raises(UserError, match="two runs are compared"):
+        compare([tmp_path / "a"])
+    with pytest.raises(UserError, match="not scored by rubric/other"):
+        compare([tmp_path / "a", tmp_path / "b"], judge="rubric/other")
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    with pytest.raises(UserError, match=r"--device tpuu: .*give auto, cpu or cuda") as raised:
+        choose_device("tpuu")
+    assert "\n" not in str(raised.value)

@@ -103,9 +103,13 @@ def test_scoring_is_a_step_that_can_be_run_again_on_the_file(tmp_path, make_reco
         writer.write(make_record("b", labels={"emotion": "neutral"}))
     judge = RubricJudge()
     scored = rescore_records(path, judge=judge)
-    text = path.read_text()
+    answers = path.read_text()
+    (scores,) = (tmp_path / "scores").glob("*/dialogues.jsonl")
+    text = scores.read_text()
     again = rescore_records(path, judge=judge)
-    assert path.read_text() == text
+    assert scores.read_text() == text
+    assert path.read_text() == answers
+    assert [record.score.total for record in read_records(path)][:1] == [scored[0].score.total]
     assert read_made_by(path) == "me"
     assert scored[0].score == again[0].score
     assert scored[0].judge == judge.name
@@ -128,7 +132,7 @@ def test_the_score_is_the_judges_own(make_record):
     [
         ("", "no header"),
         ('{"schema": 9, "made_by": ""}\n', "schema 9"),
-        ('{"schema": 1, "made_by": ""}\n{"item": {}}\n', ":2: not an answer record"),
+        ('{"schema": 2, "made_by": ""}\n{"item": {}}\n', ":2: not an answer record"),
     ],
 )
 def test_a_file_that_holds_no_answers_is_named_in_one_line(tmp_path, content, message):

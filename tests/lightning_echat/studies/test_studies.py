@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from lightning_echat.studies.ablate import ablate
 from lightning_echat.studies.plan import plan_study
 from lightning_echat.studies.results import estimate
 from lightning_echat.studies.study_file import load_study
+from tests.lightning_echat.studies.toy_stages import resolve, toy_command
 from tests.wandb_log import read_run
 
 ROOT = Path(__file__).parents[3]
@@ -45,47 +45,13 @@ STUDY: dict[str, Any] = {
 }
 
 
-def resolve(words: list[str]) -> dict[str, str]:
-    """What stands for the parser: options and values, with a default."""
-    options = {"--size": "1"}
-    rest = words[1:]
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        options[name] = value if equals else rest.pop(0)
-    if "--wrong" in options:
-        raise UserError("unknown key 'wrong'")
-    return options
-
-
-def toy_command(words: list[str]) -> None:
-    """What stands for `echat`: a stage leaves the sum of what it and those before it were given."""
-    options = resolve(words)
-    folder = Path(options.get("--trainer.default_root_dir") or options["--out"])
-    with Path("calls.txt").open("a") as calls:
-        calls.write(f"{folder.name}\n")
-    if Path("fail.txt").exists() and Path("fail.txt").read_text() in folder.name:
-        sys.stderr.write("echat: error: out of luck\n")
-        raise SystemExit(2)
-    if options.get("--size") == "sleep":
-        time.sleep(60)
-    before = options.get("--model.init_args.init_from") or options.get("--checkpoint")
-    total = int(json.loads((Path(before) / "total.json").read_text())) if before else 0
-    if words[0] == "fit":
-        total += int(options["--steps"]) * int(options["--size"]) + int(options["--seed_everything"])
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints/last.ckpt").write_text("")
-        (folder / "stage_summary.json").write_text(json.dumps({"steps": int(options["--steps"])}))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "total.json").write_text(str(total))
-    (folder / "report.json").write_text(json.dumps({"score": {"points": [total, 0], "gap": None}}))
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(step_run, "PRELOADED", ("lightning_echat.recipes.run_recipe",))
+    # A step of these tests takes no time; forked from here, its process takes none either.
+    monkeypatch.setattr(step_run, "START_METHOD", "fork")
     monkeypatch.setattr(ablate_module, "code_fingerprint", lambda: "code")
     write_study()
 
@@ -173,8 +139,8 @@ def test_a_killed_study_leaves_nobody_behind_and_continues() -> None:
     code = (
         "from pathlib import Path; from lightning_echat.recipes import step_run\n"
         "from lightning_echat.studies import ablate as a\n"
-        "from tests.lightning_echat.studies import test_studies as t\n"
-        "step_run.PRELOADED = (); a.code_fingerprint = lambda: 'code'\n"
+        "from tests.lightning_echat.studies import toy_stages as t\n"
+        "step_run.START_METHOD = 'fork'; a.code_fingerprint = lambda: 'code'\n"
         "a.ablate(Path('study.yaml'), run_command=t.toy_command, resolve=t.resolve, parallel=2)"
     )
     Path("calls.txt").write_text("")
