@@ -46,7 +46,7 @@ class DataHealth(Callback):
     no longer be asked for what they read since the last exchange.
 
     Batches count once their optimizer step is done, as the position of the data does: an accumulation window that was
-    broken off comes again whole, and is counted then.
+    broken off comes again whole, and is counted then. The file alone also counts a last window that had no step.
 
     Args:
         every_n_steps: Optimizer steps between two exchanges among ranks, each followed by a line in the log.
@@ -93,15 +93,21 @@ class DataHealth(Callback):
             self._exchange(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log and write the totals."""
+        """Log the totals, and write them with those of a last window that had no step.
+
+        The window stays out of the state, as it comes again if the run is gone on with.
+        """
         self._exchange(trainer)
         self._log(trainer)
-        write_run_file(trainer, FILE, content=self._summary(trainer, complete=True))
+        counts = self._totals.copy()
+        for open_window in _all_ranks(_with_sums(self._open, self._open_tally)):
+            counts.update(open_window)
+        write_run_file(trainer, FILE, content=_summary(trainer, counts, complete=True))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what this rank knows. Nothing is exchanged: the other ranks may be gone."""
         if trainer.state.fn == "fit":
-            write_run_file(trainer, FILE, content=self._summary(trainer, complete=False))
+            write_run_file(trainer, FILE, content=_summary(trainer, self._totals + self._own(), complete=False))
 
     def state_dict(self) -> dict[str, Any]:
         """The totals of all ranks, which save together."""
@@ -116,8 +122,7 @@ class DataHealth(Callback):
 
     def _own(self) -> Counter[str]:
         """What this rank has counted and not exchanged, without an open window."""
-        sums = self._tally.read()
-        return self._pending + Counter({_TOKENS: sums.tokens, _POSITIONS: sums.positions})
+        return _with_sums(self._pending, self._tally)
 
     def _exchange(self, trainer: Trainer) -> None:
         """Move what every rank has counted into the totals, which are the same on all of them."""
@@ -138,21 +143,27 @@ class DataHealth(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    def _summary(self, trainer: Trainer, *, complete: bool) -> dict[str, Any]:
-        counts = self._totals + self._own()
-        sums = BatchSums(tokens=counts[_TOKENS], positions=counts[_POSITIONS])
-        return {
-            "samples": counts[READ],
-            "kept": counts[KEPT],
-            "skipped": _under(counts, SKIPPED),
-            "noticed": _under(counts, NOTICED),
-            "drawn": _under(counts, DRAWN),
-            **_mixture(trainer, counts),
-            "padding_share": sums.padding_share,
-            "positions": counts[_POSITIONS],
-            "batches": counts[_BATCHES],
-            "complete": complete,
-        }
+
+def _with_sums(counts: Counter[str], tally: BatchTally) -> Counter[str]:
+    """Counts and, among them, how many ids there were."""
+    sums = tally.read()
+    return counts + Counter({_TOKENS: sums.tokens, _POSITIONS: sums.positions})
+
+
+def _summary(trainer: Trainer, counts: Counter[str], *, complete: bool) -> dict[str, Any]:
+    sums = BatchSums(tokens=counts[_TOKENS], positions=counts[_POSITIONS])
+    return {
+        "samples": counts[READ],
+        "kept": counts[KEPT],
+        "skipped": _under(counts, SKIPPED),
+        "noticed": _under(counts, NOTICED),
+        "drawn": _under(counts, DRAWN),
+        **_mixture(trainer, counts),
+        "padding_share": sums.padding_share,
+        "positions": counts[_POSITIONS],
+        "batches": counts[_BATCHES],
+        "complete": complete,
+    }
 
 
 def _mixture(trainer: Trainer, counts: Counter[str]) -> dict[str, dict[str, float]]:

@@ -33,6 +33,9 @@ _FRAMES_WEIGHT = 0.85
 _PACKED_SLACK = 0.06
 """Share of a row that packing leaves empty rather than fill it with a clip of quite another length, which would have
 the encoder pad all the others."""
+_LONGER_WEIGHT = 100.0
+_SILENT_DISTANCE = 0.06
+"""Of a dialogue without a clip when packing, as a log ratio of frames: such ones fill batches of rare lengths."""
 
 FRAME_MULTIPLE = 16
 """Mel frames of a batch are padded to a multiple of it: convolution kernels that were prepared for a shape are used
@@ -258,8 +261,8 @@ def choose_padded(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -
 def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -> list[list[int]]:
     """Places of the dialogues of one packed batch, row by row: first-fit into rows of `max_ids`.
 
-    Rows have room for dialogues of any length, so after the first come those whose clips are about as long as its own:
-    clips are what the encoder pads.
+    Rows have room for dialogues of any length, so after the first come those whose clips are about as long as its own,
+    or a little shorter: clips are what the encoder pads.
 
     Args:
         ids: [N] lengths of the dialogues.
@@ -271,7 +274,7 @@ def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -
     room = [config.max_ids] * num_rows
     enough = int(_PACKED_SLACK * config.max_ids)
     lengths = ids.tolist()
-    for place in np.argsort(_frame_distance(frames, nearness=np.arange(len(ids))), kind="stable").tolist():
+    for place in np.argsort(_packed_distance(frames), kind="stable").tolist():
         number = next((n for n, free in enumerate(room) if lengths[place] <= free), None)
         if number is not None:
             rows[number].append(place)
@@ -291,6 +294,24 @@ def _frame_distance(frames: np.ndarray, *, nearness: np.ndarray) -> np.ndarray:
         return np.zeros(len(frames))
     measure = frames[0] or frames[np.where(heard, nearness, np.inf).argmin()]
     return np.abs(np.log(np.where(heard, frames, measure) / measure))
+
+
+def _packed_distance(frames: np.ndarray) -> np.ndarray:
+    """[N] how badly each one's clip goes with the first one's, where ids do not matter.
+
+    Shorter clips are measured from what the first one's is padded to. Longer ones would have all the others padded, and
+    come last. Dialogues without a clip are kept for batches whose clips find few of their like.
+    """
+    heard = frames > 0
+    if not heard.any():
+        return np.zeros(len(frames))
+    first = int(frames[0] or frames[heard.argmax()])
+    measure = -(-first // FRAME_MULTIPLE) * FRAME_MULTIPLE
+    distance = np.log(np.where(heard, frames, measure) / measure)
+    distance = np.where(distance > 0, _LONGER_WEIGHT * distance, -distance)
+    distance = np.where(heard, distance, _SILENT_DISTANCE)
+    distance[0] = -1.0  # the oldest is in every batch
+    return distance
 
 
 def padding_share(batch: PackedBatch) -> float:

@@ -18,6 +18,9 @@ from lightning_echat.contracts import UserError
 from lightning_echat.data.shard_deal import Deal, Place, ShardOrder, Work, redeal
 from lightning_echat.data.source_reader import SampleRef, SourceState, held_refs, pack_refs, unpack_refs
 
+FORMAT = 2
+"""Of what checkpoints hold. Raise it with every change of what is below, of `SampleRef`, or of the order of draws."""
+
 
 class Waiting(NamedTuple):
     """A dialogue in the window: which source and task it was drawn for, and where it comes from (see `SampleRef`)."""
@@ -97,6 +100,7 @@ def to_checkpoint(positions: Sequence[Position], made_by: Mapping[str, str]) -> 
     first = positions[0]
     ranks = [{"next_worker": position.next_worker, "workers": list(position.workers)} for position in positions]
     return {
+        "format": FORMAT,
         "made_by": dict(made_by),
         "passes": first.passes,
         "deals": _with_tensors([_deal_to_checkpoint(deal) for deal in first.deals]),
@@ -108,8 +112,13 @@ def from_checkpoint(state: Mapping[str, Any], made_by: Mapping[str, str]) -> lis
     """The inverse of `to_checkpoint`: as many positions as there were ranks.
 
     Raises:
-        UserError: Something that decides the batches is not what it was.
+        UserError: Something that decides the batches is not what it was, or another version wrote the state.
     """
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"the checkpoint's data position has format {state.get('format', 'none')}, this version reads {FORMAT}; go "
+            "on with the version that wrote it, or begin a new run from its weights with model.init_args.init_from"
+        )
     before = state["made_by"]
     for name in dict.fromkeys([*before, *made_by]):
         if before.get(name) != made_by.get(name):

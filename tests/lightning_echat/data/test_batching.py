@@ -177,9 +177,9 @@ def test_a_long_tailed_corpus_pads_less_than_a_tenth_of_its_rows_and_of_its_fram
 
 
 def test_packing_leaves_next_to_no_padding_even_of_frames():
-    padding, frames = shares(*long_tailed(5000), BatchingConfig(tokens_per_batch=4096, packed=True))
+    padding, frames = shares(*long_tailed(5000), BatchingConfig(packed=True))
     assert padding < 0.02
-    assert frames < 0.04
+    assert frames < 0.035
 
 
 def test_a_batch_begins_with_the_oldest_and_takes_its_like():

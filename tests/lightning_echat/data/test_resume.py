@@ -171,6 +171,17 @@ def test_a_changed_setting_is_refused_by_name(tokens, sources, change, named):
     assert "\n" not in str(error.value) and "init_from" in str(error.value)
 
 
+@pytest.mark.parametrize("written", [None, 1])
+def test_a_state_of_another_format_is_refused_in_one_line(tokens, sources, written):
+    names = _names(tokens, sources)
+    before = stored([some(training(tokens, sources, **options()), 1)[0].position], names) | {"format": written}
+    if written is None:
+        del before["format"], before["deals"]
+    with pytest.raises(UserError, match=r"format (none|1), this version reads") as error:
+        from_checkpoint(before, names)
+    assert "\n" not in str(error.value) and "init_from" in str(error.value)
+
+
 def test_other_workers_shards_and_sources_are_refused_by_name(tokens, sources, tmp_path):
     before = stored([streaming(tokens, sources, **options()).start(workers=1)], _names(tokens, sources))
     with pytest.raises(UserError, match=r"data\.num_workers was 1 and is now 2"):
