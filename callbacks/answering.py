@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_echat.contracts import GeneratedReply, PackedBatch, UserError
+from lightning_echat.parallel import first_of_group
 from lightning_echat.tokens.prompts import PromptSet
 
 
@@ -64,13 +65,19 @@ class AnswerMetrics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Answer the batch and add the answers."""
-        if trainer.sanity_checking or batch_idx >= self.max_batches:
+        """Answer the batch and add the answers. Every rank answers, as generation may be collective."""
+        if trainer.sanity_checking or batch_idx >= self.max_batches or not self._due():
             return
         stage = answering_stage(pl_module, callback=self)
-        self._add(stage, batch, set_name=validation_names(trainer)[dataloader_idx])
+        replies = stage.answers(batch)
+        if first_of_group(trainer):
+            self._add(stage, replies, set_name=validation_names(trainer)[dataloader_idx])
 
-    def _add(self, stage: AnsweringStage, batch: PackedBatch, *, set_name: str) -> None:
+    def _due(self) -> bool:
+        """Whether this validation is measured: the same on every rank."""
+        return True
+
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
         """Add the answers to a batch to what is measured of its set."""
         raise NotImplementedError
 

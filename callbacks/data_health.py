@@ -14,6 +14,7 @@ from callbacks.run_files import write_run_file
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.mixture import MixtureUnit
 from lightning_echat.data.read_errors import DRAWN, DRAWN_IDS, KEPT, NOTICED, READ, SKIPPED
+from lightning_echat.parallel import first_of_group
 
 FILE = "data_health.json"
 _BATCHES, _TOKENS, _POSITIONS = "batches", "tokens", "positions"
@@ -73,9 +74,10 @@ class DataHealth(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         """Add the batch's counts; exchange and log them at the end of a window."""
-        self._open.update(batch.health)
-        self._open[_BATCHES] += 1
-        self._open_tally.add(batch)
+        if first_of_group(trainer):
+            self._open.update(batch.health)
+            self._open[_BATCHES] += 1
+            self._open_tally.add(batch)
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             self._pending.update(self._open)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import SumMetric
 
 from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
-from lightning_echat.contracts import GeneratedReply, PackedBatch
+from lightning_echat.contracts import GeneratedReply
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import JudgeScore
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
@@ -49,11 +49,9 @@ class EmpathyEvaluation(AnswerMetrics):
             values = sums.compute()
             log_validation(pl_module, {f"val/{set_name}/empathy/{what}": value for what, value in values.items()})
 
-    def _add(self, stage: AnsweringStage, batch: PackedBatch, *, set_name: str) -> None:
-        # Everything is answered, whatever the task: generation may be collective and a rank's batch may be empty.
-        replies = [reply for reply in stage.answers(batch) if traits_of(reply.reference.task).converses]
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
         fmt = stage.dialogue_tokenizer.prompt_set.thinking
-        judged = [self._judge(reply, fmt) for reply in replies]
+        judged = [self._judge(reply, fmt) for reply in replies if traits_of(reply.reference.task).converses]
         self._sums[set_name].update([score for score in judged if not math.isnan(score.total)])
 
     def _judge(self, reply: GeneratedReply, fmt: ThinkingFormat) -> JudgeScore:

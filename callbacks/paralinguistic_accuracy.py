@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
-from lightning_echat.contracts import PackedBatch
+from lightning_echat.contracts import GeneratedReply
 from lightning_echat.metrics import UNPARSED, UnderstandingMetrics, parse_answer
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -45,8 +45,7 @@ class ParalinguisticAccuracy(AnswerMetrics):
             for label_set, matrix in metrics.confusions().items():
                 _log_confusion(trainer, f"val/{set_name}/confusion/{label_set}", matrix, label_set)
 
-    def _add(self, stage: AnsweringStage, batch: PackedBatch, *, set_name: str) -> None:
-        replies = stage.answers(batch)
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
         fmt = stage.dialogue_tokenizer.prompt_set.thinking
         answers = [parse_answer(reply, fmt=fmt) for reply in replies]
         self._metrics[set_name].update([reply.reference for reply in replies], answers)

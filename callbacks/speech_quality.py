@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
-from lightning_echat.contracts import GeneratedReply, PackedBatch, UserError
+from lightning_echat.collectives import gathered
+from lightning_echat.contracts import GeneratedReply, UserError
 from lightning_echat.evaluation.recognisers import (
     EmotionRecogniser,
     SpeechRecogniser,
@@ -30,7 +31,6 @@ from lightning_echat.evaluation.speech_quality import (
 )
 from lightning_echat.metrics import normalize_english, parse_answer
 from lightning_echat.nn.token2wav.interface import Token2Wav, load_token2wav
-from lightning_echat.parallel import gathered
 from lightning_echat.tokens.tasks import traits_of
 
 _COLUMNS = ["key", "reply", "heard", "intended emotion", "audio"]
@@ -118,7 +118,7 @@ class SpeechQuality(AnswerMetrics):
         """Log the figures over all ranks, and this rank's audio where it is the first."""
         if trainer.sanity_checking:
             return
-        due = self._validations % self.every_n_validations == 0
+        due = self._due()
         self._validations += 1
         if not due:
             return
@@ -137,13 +137,13 @@ class SpeechQuality(AnswerMetrics):
         """Go on counting."""
         self._validations = state_dict["validations"]
 
-    def _add(self, stage: AnsweringStage, batch: PackedBatch, *, set_name: str) -> None:
-        if self._validations % self.every_n_validations:
-            return
-        # Everything is answered, whatever the task: generation may be collective and a rank's batch may be empty.
-        replies = [reply for reply in stage.answers(batch) if traits_of(reply.reference.task).speaks]
+    def _due(self) -> bool:
+        return self._validations % self.every_n_validations == 0
+
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
+        spoken = [reply for reply in replies if traits_of(reply.reference.task).speaks]
         heard = self._heard[set_name]
-        for reply in replies[: self.replies - len(heard)]:
+        for reply in spoken[: self.replies - len(heard)]:
             heard.append(self._hear(reply, stage))
 
     def _hear(self, reply: GeneratedReply, stage: AnsweringStage) -> _Heard:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.batch_tally import BatchSums, BatchTally
 from lightning_echat.contracts import PackedBatch, UserError
+from lightning_echat.parallel import first_of_group
 
 PEAK_FLOPS: dict[str, float] = {
     "H200": 989e12,
@@ -34,7 +35,8 @@ class TokenThroughput(Callback):
     16-bit precision, `perf/mfu`. Validations, checkpoints and the first batch of a run are no part of any window.
 
     MFU counts the floating-point operations of the first batch, forward and backward as they happen (frozen parts,
-    LoRA, recomputation), and credits them to ids that are not padding.
+    LoRA, recomputation), and credits them to ids that are not padding. Under tensor parallelism attention counts
+    for one rank's heads only, so MFU is a little low.
 
     Args:
         every_n_steps: Optimizer steps a window.
@@ -71,7 +73,8 @@ class TokenThroughput(Callback):
     ) -> None:
         """Count the batch, and log when the window is full."""
         self._read_flops(batch)
-        self._tally.add(batch)
+        if first_of_group(trainer):
+            self._tally.add(batch)
         steps = 0 if self._window_start is None else trainer.global_step - self._window_start
         window_ends = steps >= self.every_n_steps or self._window_start is None
         if window_ends and pl_module.device.type == "cuda":

@@ -21,6 +21,7 @@ from lightning_echat.data.remote import ShardAccess
 from lightning_echat.data.shards import below
 from lightning_echat.data.stream_state import Position, from_checkpoint, redistribute, to_checkpoint
 from lightning_echat.data.training_stream import TrainingStream
+from lightning_echat.data.utterances import UtteranceConfig
 from lightning_echat.data.validation_stream import ValidationStream
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
@@ -35,6 +36,9 @@ class SpokenDialogueDataModule(LightningDataModule):
     Checkpoints hold where the data stands after the last optimizer step, for all ranks; going on from one yields the
     batches that would have followed (docs/data_engine.md). It is kept here and not by the loader, whose state Lightning
     takes a batch too late, of rank 0 only, and not at all at the end of an epoch.
+
+    Attributes:
+        utterances: Set by a stage that learns from the sound of replies: batches then carry it.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class SpokenDialogueDataModule(LightningDataModule):
         self.max_seconds = max_seconds
         self.mels_on_device = mels_on_device
         self.access = access or ShardAccess()
+        self.utterances: UtteranceConfig | None = None
         self._log_mel = LogMel(mel_bins=tokens.mel_bins)
         self.train_loader: TrainingLoader | None = None
         self.validation_loaders: dict[str, ValidationLoader] = {}
@@ -165,7 +170,9 @@ class SpokenDialogueDataModule(LightningDataModule):
         if self.train_loader is None or position is None:
             return {"train": self._restored}
         made_by = self.train_loader.stream.made_by(workers=len(position.workers))
-        return {"train": to_checkpoint(self._ranks.gather(position), made_by)}
+        positions = self._ranks.gather(position)
+        # Ranks of a tensor-parallel group are next to each other and stand at the same place.
+        return {"train": to_checkpoint(positions[:: len(positions) // self._reading().world_size], made_by)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before the loaders are made."""
@@ -194,18 +201,23 @@ class SpokenDialogueDataModule(LightningDataModule):
             raise UserError("data.validation names no set; give one to test or predict on")
         return loaders
 
+    def _share(self) -> dict[str, int]:
+        """Which of how many shares of the data this rank reads; ranks of a tensor-parallel group read the same."""
+        share = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return {"rank": share["rank"], "world_size": share["num_replicas"]} if share else {"rank": 0, "world_size": 1}
+
     def _reading(self) -> ReadingConfig:
         return ReadingConfig(
             tokens=self.tokens,
             batching=self.batching,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            **self._share(),
             expand_history=self.expand_history,
             max_skip_share=self.max_skip_share,
             max_seconds=self.max_seconds,
             mels_on_device=self.mels_on_device,
             access=self.access,
+            utterances=self.utterances,
         )
 
 

@@ -91,8 +91,7 @@ class AudioClip:
         labels: [L] int64 class index per label set, IGNORE_INDEX where unknown.
         characters: CTC targets of the transcript, empty where unknown. 0 is the blank and never occurs.
         transcript_ids: [n] int64 text ids of the transcript, empty where unknown.
-        waveform: [samples] int16, what `data.log_mel.extend` gives of 16-bit audio, or int32, the bits of its floats;
-            only where mels are left to the device.
+        waveform: [samples] int16 of 16-bit audio, or int32, the bits of floats; only where mels are left to the device.
         alterations: [K, 4] int64, the augmentation to apply there (see `data.augmentation`).
     """
 
@@ -132,6 +131,14 @@ class DialogueReference:
     length: int = 0
 
 
+@dataclass(slots=True)
+class Utterance:
+    """[codes] int64 and the [samples] float32 that they stand for."""
+
+    codes: Tensor
+    waveform: Tensor
+
+
 @dataclass(slots=True, kw_only=True)
 class TokenizedDialogue:
     """One dialogue as ids, with the loss mask decided and the label shift done.
@@ -144,6 +151,7 @@ class TokenizedDialogue:
             over text alone.
         clips: Input speech in reading order.
         reference: What metrics need.
+        utterance: The last reply as it sounds; only where a stage asks for it.
     """
 
     input_ids: Tensor
@@ -151,6 +159,7 @@ class TokenizedDialogue:
     speech_scored: bool
     clips: list[AudioClip]
     reference: DialogueReference
+    utterance: Utterance | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -180,6 +189,8 @@ class PackedBatch:
         waveforms: [C, S], the clips' samples where mels are made on the accelerator, int16 if all of them are, else the
             bits of floats as int32; None once they are made.
         alterations: [C, K, 4] int64, what augmentation then does to them; None for nothing.
+        replies: The last replies as they sound, of those dialogues that have codes and audio; None where no stage asks
+            for them, or where there are none.
         health: What the reader counted since its previous batch: "read", "kept", "skipped/<reason>",
             "noticed/<reason>", "drawn/<source>/<task>" and "drawn_ids/<source>/<task>". Sums over batches are totals
             of the run.
@@ -205,6 +216,7 @@ class PackedBatch:
     references: list[DialogueReference]
     waveforms: Tensor | None = None
     alterations: Tensor | None = None
+    replies: VoiceBatch | None = None
     health: dict[str, int] = field(default_factory=dict)
     position: Any = None
 
@@ -212,7 +224,7 @@ class PackedBatch:
         """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""
         for name in self.__slots__:
             value = getattr(self, name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | VoiceBatch):
                 setattr(self, name, value.pin_memory())
         return self
 

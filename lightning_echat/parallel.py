@@ -4,7 +4,9 @@ Sharding is PyTorch's FSDP2 (`fully_shard`) on Lightning's `ModelParallelStrateg
 steps that Lightning and callbacks call are its entries, as with DDP. Its own unit holds what is no block: embeddings
 and heads (tied in many models, and called once per chunk by the loss), norms and convolutions. Whole while a step
 runs, they are gathered once a step. Each block of the encoder, the adapter and the language model is a unit of its own,
-gathered when it computes. `docs/distributed.md` says when to use which strategy.
+gathered when it computes. With tensor parallelism the blocks of the language model are cut over the ranks of a group
+first, and by FSDP over the groups; all else is sharded over all ranks as ever. `docs/distributed.md` says when to use
+which strategy.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,10 +40,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from lightning_echat.contracts import UserError
+from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.nn.deferred_init import to_memory
 from lightning_echat.nn.echat_model import EChatModel
 from lightning_echat.nn.sharded_files import check_sharded
+from lightning_echat.nn.tensor_parallel import cut_language_model
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -50,6 +53,8 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         replicas: Copies of the sharded model (HSDP). 1 shards over all ranks; "nodes" shards within a node and
             replicates across nodes, so that parameters never travel between nodes and only gradients do.
+        tensor_parallel: Ranks, next to each other, that compute every batch together: the language model's blocks are
+            cut over them. Must divide the heads of the language model, and the GPUs of a node.
         compute: Type of parameters and activations in a step. Master weights, gradients' sums and the optimizer stay
             float32, as do the losses; norms compute in float32 on what they are given.
         cpu_offload: Keep shards and optimizer state in the host's memory. Slow; for models that fit no other way.
@@ -62,6 +67,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def __init__(
         self,
         replicas: int | Literal["nodes"] = 1,
+        tensor_parallel: int = 1,
         compute: Literal["float32", "bfloat16"] = "float32",
         cpu_offload: bool = False,
         async_saving: bool = False,
@@ -71,11 +77,12 @@ class ShardedStrategy(ModelParallelStrategy):
         # Lightning's own default is tensor parallel over a node: every rank would be given the same batch.
         super().__init__(
             data_parallel_size=1,
-            tensor_parallel_size=1,
+            tensor_parallel_size=tensor_parallel,
             timeout=timeout,
             process_group_backend=process_group_backend,
         )
         self.replicas = replicas
+        self.tensor_parallel = tensor_parallel
         self.compute = compute
         self.cpu_offload = cpu_offload
         self.async_saving = async_saving
@@ -86,19 +93,26 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connect the ranks, and lay them out as replicas of shards."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+        ranks = self.num_nodes * self.num_processes
         replicas = self.num_nodes if isinstance(self.replicas, str) else self.replicas
-        if replicas < 1 or self.world_size % replicas:
-            raise UserError(
-                f"strategy.replicas is {replicas}, which does not divide the {self.world_size} processes of this run"
-            )
+        for what, number in (("replicas", replicas), ("tensor_parallel", self.tensor_parallel)):
+            if number < 1 or ranks % number:
+                raise UserError(f"strategy.{what} is {number}, which does not divide the {ranks} processes of this run")
+        if replicas > 1 and self.tensor_parallel > 1:
+            raise UserError("strategy.replicas and strategy.tensor_parallel do not go together; leave one at 1")
+        self._data_parallel_size = ranks // self.tensor_parallel
+        super().setup_environment()
         kind = self.root_device.type
         if replicas == 1:
-            self._shard_mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
+            self._shard_mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("shard",))
         else:
-            shape = (replicas, self.world_size // replicas)
+            shape = (replicas, ranks // replicas)
             self._shard_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    @property
+    def group(self) -> DeviceMesh:
+        """The ranks that compute this one's batches together with it."""
+        return self.device_mesh["tensor_parallel"]
 
     def shard(self, stage: L.LightningModule, model: EChatModel, *, entries: tuple[str, ...]) -> None:
         """Cut the network of a stage. Parameters must be marked as trained or frozen by now; they get memory here.
@@ -115,8 +129,14 @@ class ShardedStrategy(ModelParallelStrategy):
         )
         options: dict[str, Any] = {"mesh": self._shard_mesh, "mp_policy": policy}
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.on_gpu) if self.cpu_offload else OffloadPolicy()
+        if self.tensor_parallel > 1:
+            cut_language_model(model.lm.causal_lm, self.group)
+            over_groups: dict[str, Any] = options | {"mesh": self.device_mesh["data_parallel"]}
+            for block in language_blocks(model):
+                fully_shard(block, **over_groups)
         for block in blocks(model):
-            fully_shard(block, **options)
+            if not isinstance(block, FSDPModule):
+                fully_shard(block, **options)
         fully_shard(stage, **options)
         # On the GPU at once: the host never holds the shards.
         to_memory(stage, torch.device("cpu") if self.cpu_offload else self.root_device)
@@ -333,31 +353,41 @@ def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
         raise UserError(
-            "trainer.strategy is ModelParallelStrategy, whose tensor parallelism is not supported: the data would have "
-            "to be dealt to groups of ranks and not to ranks; use lightning_echat.parallel.ShardedStrategy"
+            "trainer.strategy is ModelParallelStrategy, which leaves the network whole here; "
+            "use lightning_echat.parallel.ShardedStrategy, and its tensor_parallel where it is asked for"
         )
     return strategy if isinstance(strategy, ShardedStrategy) else None
+
+
+def first_of_group(trainer: Trainer) -> bool:
+    """Whether no rank of a lower number has the same batches: what ranks add up is counted by those only."""
+    strategy = sharded(trainer)
+    return strategy is None or strategy.group.get_local_rank() == 0
+
+
+def check_same_batch(trainer: Trainer | None, batch: PackedBatch) -> None:
+    """Stop where ranks that compute a batch together were not given the same: a collective call of their group.
+
+    Raises:
+        UserError: On every rank of the group.
+    """
+    strategy = sharded(trainer)
+    if strategy is None or strategy.tensor_parallel == 1:
+        return
+    ids = batch.input_ids.flatten()
+    places = torch.arange(1, len(ids) + 1, device=ids.device)
+    clips = batch.log_mel_lengths
+    own = torch.stack([places[-1:].sum(), (ids * places).sum(), clips.new_tensor(len(clips)), clips.sum()])
+    others = [torch.empty_like(own) for _ in range(strategy.tensor_parallel)]
+    dist.all_gather(others, own, group=strategy.group.get_group())
+    if any(not torch.equal(own, other) for other in others):
+        raise UserError(
+            f"the {strategy.tensor_parallel} ranks of a tensor-parallel group read different batches, as where one of "
+            f"them cannot read a file; start again from the last checkpoint"
+        )
 
 
 def reshard(stage: L.LightningModule) -> None:
     """Give up what the root still holds of the whole after a step without backward."""
     if isinstance(stage, FSDPModule):
         stage.reshard()
-
-
-def any_rank(value: bool, device: torch.device) -> bool:
-    """Whether it is true on one rank at least: a collective call."""
-    if not dist.is_initialized():
-        return value
-    flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def gathered(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The value of every rank, in their order: a collective call."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Mapping[str, Any]] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

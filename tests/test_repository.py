@@ -83,7 +83,7 @@ def test_what_a_document_tells_to_run_and_to_read_exists(document: str) -> None:
     for target in re.findall(r"\bmake ([a-z][a-z-]*)", code):
         assert target in targets, f"make {target}"
     groups = "|".join(sorted({f"{name.split()[0]} " for name in COMMANDS if " " in name}))
-    for words in re.findall(rf"\bechat ((?:{groups})?[a-z]+(?:-[a-z]+)*)\b", code):
+    for words in re.findall(rf"\bechat ((?:{groups})?[a-z0-9]+(?:-[a-z0-9]+)*)\b", code):
         assert words in COMMANDS, f"echat {words}"
     for path in re.findall(r"\b((?:experiments|docs|lightning_echat|callbacks|datamodules|tests)/[\w/.-]+\.\w+)", code):
         assert (ROOT / path).exists(), path

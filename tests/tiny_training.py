@@ -73,7 +73,8 @@ class Listed(LightningDataModule):
 
     def _own(self, batches: list[PackedBatch], first: int = 0) -> DataLoader[PackedBatch]:
         assert self.trainer is not None
-        own = batches[self.trainer.global_rank :: self.trainer.world_size]
+        share = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        own = batches[share["rank"] :: share["num_replicas"]]
         return DataLoader(_Rest(own, first), batch_size=None)
 
 

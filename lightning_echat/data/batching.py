@@ -21,6 +21,8 @@ from lightning_echat.contracts import (
 )
 from lightning_echat.data.batch_memory import allocate
 from lightning_echat.data.decoding import PCM_SCALE
+from lightning_echat.data.log_mel import WINDOW, write_extended
+from lightning_echat.data.utterances import collate_utterances
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
 Row = list[TokenizedDialogue]
@@ -100,7 +102,9 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     arrays["labels"].fill(IGNORE_INDEX)
     references = _fill_rows(arrays, rows)
     _fill_clips(arrays, clips)
-    return PackedBatch(**tensors, references=references)
+    utterances = [d.utterance for row in rows for d in row if d.utterance is not None]
+    replies = collate_utterances(utterances) if utterances else None
+    return PackedBatch(**tensors, references=references, replies=replies)
 
 
 Arrays = dict[str, NDArray[Any]]
@@ -125,7 +129,7 @@ def _clip_shapes(clips: Sequence[AudioClip], mel_bins: int) -> Shapes:
     waveforms = [clip.waveform for clip in clips if clip.waveform is not None]
     if waveforms:
         dtype = torch.int16 if all(one.dtype == torch.int16 for one in waveforms) else torch.int32
-        shapes["waveforms"] = ((count, max(one.shape[0] for one in waveforms)), dtype)
+        shapes["waveforms"] = ((count, max(one.shape[0] for one in waveforms) + WINDOW), dtype)
     if altered := [clip.alterations for clip in clips if clip.alterations is not None]:
         shapes["alterations"] = ((count, max(one.shape[0] for one in altered), altered[0].shape[1]), torch.int64)
     return shapes
@@ -170,18 +174,16 @@ def _fill_clips(arrays: Arrays, clips: Sequence[AudioClip]) -> None:
             samples = clip.waveform.numpy()
             if samples.dtype != arrays["waveforms"].dtype:  # 16-bit audio beside some that is not
                 samples = (samples * np.float32(PCM_SCALE)).view(np.int32)
-            arrays["waveforms"][number, : len(samples)] = samples
+            write_extended(arrays["waveforms"][number], samples)
         if clip.alterations is not None:
             arrays["alterations"][number, : clip.alterations.shape[0]] = clip.alterations.numpy()
 
 
 class Entry(NamedTuple, Generic[Tag]):
-    """A dialogue in a window, what its caller knows it by, and its lengths: ids, and frames of its longest clip."""
+    """A dialogue in a window, and what its caller knows it by."""
 
     dialogue: TokenizedDialogue
     tag: Tag
-    ids: int
-    frames: int
 
 
 class Window(Generic[Tag]):
@@ -198,6 +200,9 @@ class Window(Generic[Tag]):
         self.entries: list[Entry[Tag]] = []
         self._config = config
         self._ids = 0
+        # Of all entries but the newest, and of those: ids, and frames of the longest clip.
+        self._lengths = np.empty((0, 2), dtype=np.int64)
+        self._new_lengths: list[tuple[int, int]] = []
 
     @property
     def full(self) -> bool:
@@ -208,23 +213,28 @@ class Window(Generic[Tag]):
         """A dialogue of at most `max_ids` ids."""
         ids = dialogue.input_ids.shape[0]
         frames = max((clip.log_mel.shape[0] for clip in dialogue.clips), default=0)
-        self.entries.append(Entry(dialogue, tag, ids, frames))
+        self.entries.append(Entry(dialogue, tag))
+        self._new_lengths.append((ids, frames))
         self._ids += ids
 
     def take(self) -> list[Row]:
         """Remove the rows of one batch; none when nothing is left."""
         if not self.entries:
             return []
-        ids = np.array([entry.ids for entry in self.entries])
-        frames = np.array([entry.frames for entry in self.entries])
+        if self._new_lengths:
+            self._lengths = np.concatenate([self._lengths, np.array(self._new_lengths, dtype=np.int64)])
+            self._new_lengths = []
+        ids, frames = self._lengths.T
         if self._config.packed:
             chosen = choose_packed(ids, frames, self._config)
         else:
             chosen = [[place] for place in choose_padded(ids, frames, self._config)]
         rows = [[self.entries[place].dialogue for place in row] for row in chosen]
-        gone = {place for row in chosen for place in row}
-        self._ids -= sum(self.entries[place].ids for place in gone)
-        self.entries = [entry for place, entry in enumerate(self.entries) if place not in gone]
+        gone = sorted((place for row in chosen for place in row), reverse=True)
+        self._ids -= int(ids[gone].sum())
+        self._lengths = np.delete(self._lengths, gone, axis=0)
+        for place in gone:  # from the end, so that the others keep their places
+            del self.entries[place]
         return rows
 
 

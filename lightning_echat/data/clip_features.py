@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lightning_echat.contracts import AudioClip, DialogueSample, PackedBatch, TokenizedDialogue
 from lightning_echat.data.augmentation import AugmentationConfig, alter, augment, draw_alterations
 from lightning_echat.data.decoding import PCM_SCALE
-from lightning_echat.data.log_mel import LogMel, extend, num_frames
+from lightning_echat.data.log_mel import LogMel, num_frames
 
 
 class ClipFeatures:
@@ -60,9 +60,8 @@ class ClipFeatures:
         audio = [turn.audio for place in heard if (turn := sample.turns[place]).audio is not None]
         for clip, waveform in zip(dialogue.clips, audio, strict=True):
             assert waveform is not None
-            extended = extend(waveform)
             # As whole numbers, since precision bf16-true rounds every float of a batch on its way to the device.
-            clip.waveform = extended if extended.dtype == torch.int16 else extended.view(torch.int32)
+            clip.waveform = waveform if waveform.dtype == torch.int16 else waveform.view(torch.int32)
             if random and self._augmentation and clip is dialogue.clips[-1]:
                 clip.alterations = self._draw(clip, random)
 

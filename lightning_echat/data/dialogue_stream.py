@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
-from lightning_echat.contracts import DialogueSample, SampleRejected, TokenizedDialogue
+from lightning_echat.contracts import DialogueSample, SampleRejected, TokenizedDialogue, Utterance
 from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.clip_features import ClipFeatures
@@ -16,6 +16,7 @@ from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.remote import LOCAL, ShardAccess
 from lightning_echat.data.shards import ShardPart, read_samples, read_shard
 from lightning_echat.data.tar_samples import StoredSample
+from lightning_echat.data.utterances import UtteranceConfig, read_utterance
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.tasks import DialogueTask
 
@@ -34,6 +35,7 @@ class ReadingConfig:
         max_seconds: Longest clip; longer ones are skipped and counted.
         mels_on_device: Batches carry waveforms, to be made mels by `clip_features.make_log_mels`.
         access: How shards behind a URL are reached.
+        utterances: How replies are read as they sound, for a stage that learns from them; None for not at all.
     """
 
     tokens: TokensConfig
@@ -46,6 +48,7 @@ class ReadingConfig:
     max_seconds: float = 30.0
     mels_on_device: bool = False
     access: ShardAccess = LOCAL
+    utterances: UtteranceConfig | None = None
 
 
 class PlacedDialogue(NamedTuple):
@@ -120,8 +123,20 @@ class DialogueReader:
         except SampleRejected as error:
             self._skip(error, self.counter, shard=parsed.sample.shard, key=parsed.sample.key)
             return None
+        if self.config.utterances is not None and task.traits.speaks:
+            dialogue.utterance = self._utterance(parsed, self.config.utterances)
         self.counter.keep()
         return dialogue
+
+    def _utterance(self, parsed: ParsedDialogue, config: UtteranceConfig) -> Utterance | None:
+        """The last reply; a dialogue whose reply cannot be used is used without, and counted."""
+        replies = [place for place, turn in enumerate(parsed.sample.turns) if turn.role == "assistant"]
+        try:
+            return read_utterance(parsed, replies[-1], config) if replies else None
+        except SampleRejected as error:
+            counter, sample = self.counter, parsed.sample
+            counter.notice(f"no sound to learn from: {error.reason}", shard=sample.shard, key=sample.key)
+            return None
 
     def with_mels(self, parsed: ParsedDialogue, task: DialogueTask, *, random: Random | None = None) -> DialogueSample:
         """The dialogue with audio and mel of the turns that the task hears, altered where `random` is given.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
@@ -85,3 +88,11 @@ def extend(waveform: Tensor) -> Tensor:
     """
     half = WINDOW // 2
     return torch.cat([waveform[1 : half + 1].flip(0), waveform, waveform[-half - 1 : -1].flip(0)])
+
+
+def write_extended(row: NDArray[Any], samples: NDArray[Any]) -> None:
+    """Write what `extend` gives of [samples] into the beginning of a row at least as long, in one copy."""
+    half, end = WINDOW // 2, WINDOW // 2 + len(samples)
+    row[:half] = samples[half:0:-1]
+    row[half:end] = samples
+    row[end : end + half] = samples[-2 : -half - 2 : -1]

@@ -191,7 +191,7 @@ def _plain_header(block: bytes) -> _Header | None:
 
     Nearly every header is one, and tarfile, which takes all the others, needs four times as long for it.
     """
-    if block[257:262] != b"ustar" or block[156:157] != tarfile.REGTYPE or block[345]:
+    if len(block) < _BLOCK or block[257:262] != b"ustar" or block[156:157] != tarfile.REGTYPE or block[345]:
         return None
     size, checksum = block[124:135], block[148:154]
     if not _OCTAL.issuperset(size + checksum) or block[135] or block[154]:

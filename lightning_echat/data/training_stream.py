@@ -23,7 +23,7 @@ from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.mixture import Mixture, MixtureUnit, SourceConfig
 from lightning_echat.data.shard_deal import Deal, ShardOrder, parts_for
 from lightning_echat.data.shards import expand_shards
-from lightning_echat.data.source_reader import SampleRef, SourceReader, gone, held_refs, pack_refs, read_refs
+from lightning_echat.data.source_reader import SampleRef, SourceReader, gone, held_refs, join_refs, pack_ref, read_refs
 from lightning_echat.data.stream_items import StreamEnd, StreamFailure
 from lightning_echat.data.stream_state import Position, Waiting, WorkerState, waiting_refs
 
@@ -57,7 +57,7 @@ class TrainingWorker:
         self._mixture = Mixture(stream.sources, by=stream.mixture_by, drawn=state["drawn"] if state else ())
         self._unusable = list(state["unusable"]) if state else [0] * len(stream.sources)
         self._alive = list(range(len(stream.sources)))
-        self._window: Window[Waiting] = Window(stream.config.batching)
+        self._window: Window[bytes] = Window(stream.config.batching)
         self._sources = [
             SourceReader(
                 source,
@@ -91,7 +91,7 @@ class TrainingWorker:
             sources=[source.state() for source in self._sources],
             drawn=[list(tasks) for tasks in self._mixture.drawn],
             unusable=list(self._unusable),
-            window=pack_refs(entry.tag for entry in self._window.entries),
+            window=join_refs([entry.tag for entry in self._window.entries]),
             counts=dict(self._reader.counter.counts),
         )
 
@@ -109,7 +109,7 @@ class TrainingWorker:
                 dialogue = self._tokenize(entry, dialogues[entry.source, entry.ref])
                 if dialogue is None:
                     raise gone(self._sources[entry.source].shards[entry.ref.shard], entry.ref.ordinal)
-                self._window.add(dialogue, entry)
+                self._window.add(dialogue, pack_ref(entry))
 
     def _draw(self) -> bool:
         """Add the mixture's next dialogue to the window. False when every source has ended."""
@@ -142,7 +142,7 @@ class TrainingWorker:
         self._mixture.add(entry.source, entry.task, ids=ids)
         name = self._stream.sources[entry.source].name
         self._reader.counter.draw(f"{name}/{self._tasks[entry.source][entry.task].name}", ids=ids)
-        self._window.add(dialogue, entry)
+        self._window.add(dialogue, pack_ref(entry))
 
     def _tokenize(self, entry: Waiting, parsed: ParsedDialogue) -> TokenizedDialogue | None:
         seed = self._stream.seed_of(self._stream.sources[entry.source])

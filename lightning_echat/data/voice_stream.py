@@ -8,41 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import count, islice
 from random import Random
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lightning_echat.contracts import SampleRejected, UserError, VoiceBatch
-from lightning_echat.data.decoding import ParsedDialogue, decode_waveform, parse_dialogue
+from lightning_echat.contracts import SampleRejected, UserError, Utterance, VoiceBatch
+from lightning_echat.data.decoding import parse_dialogue
 from lightning_echat.data.loader import WorkerLoader
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.remote import LOCAL, ShardAccess
 from lightning_echat.data.shard_deal import Deal, ShardOrder, parts_for
 from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
 from lightning_echat.data.stream_items import StreamFailure, StreamHealth
+from lightning_echat.data.utterances import UtteranceConfig, collate_utterances, read_utterance
 
-_MAX_DIFFERENCE = 2
-"""Codes by which audio and codes may differ in length: what `echat data tokenize` allows."""
 _BARREN_ROUNDS = 2
 """Times that the shards may be read through without one usable utterance before the run stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoiceReadingConfig:
-    """How utterances are read.
+class VoiceReadingConfig(UtteranceConfig):
+    """How utterances are read into batches.
 
     Attributes:
-        sample_rate: Hz of the waveforms.
-        code_rate: Codes a second.
-        codebook_size: Codes that are known; None for any.
         rows: Utterances of a batch.
         segment_codes: Length of the stretch that is cut out of each at random; None takes it whole.
-        max_seconds: Longer utterances are skipped and counted.
         shuffle: Utterances that a training batch is drawn from; those of a batch are of similar length.
         max_skip_share: Share of unusable utterances past which a run stops.
         seed: Decides every draw.
@@ -50,12 +41,8 @@ class VoiceReadingConfig:
         access: How shards behind a URL are reached.
     """
 
-    sample_rate: int
-    code_rate: float = 25.0
-    codebook_size: int | None = None
     rows: int = 16
     segment_codes: int | None = None
-    max_seconds: float = 20.0
     shuffle: int = 256
     max_skip_share: float = 0.05
     seed: int = 0
@@ -66,19 +53,6 @@ class VoiceReadingConfig:
     def __post_init__(self) -> None:
         if self.rows < 1 or self.shuffle < 1 or self.max_seconds <= 0 or (self.segment_codes or 1) < 1:
             raise UserError("data: rows, shuffle, segment_codes and max_seconds must be positive")
-
-    @property
-    def samples_per_code(self) -> Fraction:
-        """Exactly."""
-        return Fraction(self.sample_rate) / Fraction(self.code_rate)
-
-
-@dataclass(slots=True)
-class Utterance:
-    """[codes] int64 and the [samples] float32 that they stand for."""
-
-    codes: Tensor
-    waveform: Tensor
 
 
 class VoiceStream(IterableDataset[VoiceBatch]):
@@ -173,27 +147,13 @@ class VoiceStream(IterableDataset[VoiceBatch]):
                 if turn.role != "assistant":
                     continue
                 try:
-                    utterance = self._utterance(parsed, number)
+                    utterance = read_utterance(parsed, number, self.config)
                 except SampleRejected as error:
                     counter.reject(error, shard=stored.shard, key=stored.key)
                     counter.check(max_share=self.config.max_skip_share)
                 else:
                     counter.keep()
                     yield utterance
-
-    def _utterance(self, parsed: ParsedDialogue, number: int) -> Utterance:
-        codes, audio = parsed.sample.turns[number].speech_codes, parsed.audio[number]
-        if codes is None or audio is None or not len(codes):
-            raise SampleRejected("reply without codes" if audio is not None else "reply without audio")
-        if self.config.codebook_size is not None and int(codes.max()) >= self.config.codebook_size:
-            raise UserError(
-                f"{parsed.sample.shard} {parsed.sample.key} holds speech code {int(codes.max())}, and the model knows "
-                f"{self.config.codebook_size}; give the codebook_size that the shards were tokenized with"
-            )
-        waveform = decode_waveform(audio, max_seconds=self.config.max_seconds, sample_rate=self.config.sample_rate)
-        if abs(len(waveform) / self.config.samples_per_code - len(codes)) > _MAX_DIFFERENCE:
-            raise SampleRejected("codes and audio differ in length", f"{len(codes)} codes, {len(waveform)} samples")
-        return Utterance(codes, _of_length(waveform, int(len(codes) * self.config.samples_per_code)))
 
     def _cut(self, utterance: Utterance, random: Random) -> Utterance:
         length = self.config.segment_codes
@@ -205,19 +165,10 @@ class VoiceStream(IterableDataset[VoiceBatch]):
         return Utterance(utterance.codes[start : start + length], utterance.waveform[first : first + samples])
 
     def _collate(self, utterances: list[Utterance]) -> VoiceBatch:
-        codes, waveforms = [u.codes for u in utterances], [u.waveform for u in utterances]
-        if not utterances:
-            codes, waveforms = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0)]
-        if self.config.segment_codes is not None and self.training:
-            samples = int(self.config.segment_codes * self.config.samples_per_code)
-            # As long on every rank, so that a mean over ranks is one over samples.
-            waveforms[0] = torch.cat([waveforms[0], torch.zeros(max(0, samples - len(waveforms[0])))])
-        return VoiceBatch(
-            codes=pad_sequence(codes, batch_first=True)[: len(utterances)],
-            code_lengths=torch.tensor([len(u.codes) for u in utterances], dtype=torch.long),
-            waveforms=pad_sequence(waveforms, batch_first=True)[: len(utterances)],
-            lengths=torch.tensor([len(u.waveform) for u in utterances], dtype=torch.long),
-        )
+        if self.config.segment_codes is None or not self.training:
+            return collate_utterances(utterances)
+        # As long on every rank, so that a mean over ranks is one over samples.
+        return collate_utterances(utterances, samples=int(self.config.segment_codes * self.config.samples_per_code))
 
 
 class VoiceLoader(WorkerLoader):
@@ -229,10 +180,6 @@ class VoiceLoader(WorkerLoader):
             self.health.merge(item.counts if isinstance(item, StreamHealth) else item.health)
             if isinstance(item, VoiceBatch):
                 yield item
-
-
-def _of_length(waveform: Tensor, samples: int) -> Tensor:
-    return torch.nn.functional.pad(waveform[:samples], (0, max(0, samples - len(waveform))))
 
 
 def _nothing(counter: SkipCounter) -> str:

@@ -110,7 +110,9 @@ def chat(
         if not json:
             _print(answer, number=number)
     if json:
-        sys.stdout.write(json_format.dumps({"turns": [asdict(a) for a in answers]}, ensure_ascii=False) + "\n")
+        sys.stdout.write(
+            json_format.dumps(_rounded({"turns": [asdict(a) for a in answers]}), ensure_ascii=False) + "\n"
+        )
 
 
 def open_voice(trained: TrainedModel, folder: Path | None) -> Token2Wav:
@@ -223,6 +225,15 @@ class _Conversation:
         return collate([prompt], padding=padding, mel_bins=self.trained.tokens.mel_bins)
 
 
+def _rounded(value: Any) -> Any:
+    """JSON whose seconds are told to a tenth of a millisecond."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def _told(event: StreamEvent) -> dict[str, Any]:
     """An event as JSON holds it: what kind, when, and its text or size."""
     told: dict[str, Any] = {"kind": event.kind, "at": event.at}
@@ -262,7 +273,8 @@ class _ShowEvents:
             elif event.waveform is not None:
                 size = f"{event.waveform.shape[0] / sample_rate:.2f} s of sound"
             opening = "\n" if self._line_open else ""
-            sys.stdout.write(f"{opening}  {event.at:7.3f} s  {event.kind:<9} {event.text or size}")
+            line = f"{opening}  {event.at:7.3f} s  {event.kind:<9} {event.text or size}"
+            sys.stdout.write(line if event.text else line.rstrip(" "))
         self._kind, self._line_open = event.kind, event.kind != "done"
         if event.kind == "done":
             sys.stdout.write("\n")

@@ -20,6 +20,7 @@ from lightning_echat.evaluation.recognisers import POCKETSPHINX, open_emotion_re
 from lightning_echat.evaluation.records import nan_as_none
 from lightning_echat.evaluation.speech_quality import (
     DNSMOS,
+    ScriptedPredictor,
     SpeakerSimilarity,
     emotion_agreement,
     error_rates,
@@ -56,6 +57,7 @@ def evaluate_speech(
     emotion_recogniser: str | None = None,
     speaker_model: str | None = None,
     dnsmos: Path | None = None,
+    mos_model: Path | None = None,
     device: str = "cpu",
 ) -> None:
     """Score wav files and print one line a figure.
@@ -69,6 +71,7 @@ def evaluate_speech(
         emotion_recogniser: Name or folder of a Hugging Face audio classifier, or stage:RUN.
         speaker_model: Name or folder of a Hugging Face x-vector model, to compare with the references.
         dnsmos: Folder of the DNSMOS models.
+        mos_model: TorchScript of another predictor of opinion scores, UTMOS for instance (docs/token2wav.md).
         device: For Hugging Face models.
     """
     utterances = read_list(listed)
@@ -89,6 +92,8 @@ def evaluate_speech(
         figures["speaker_similarity"] = SpeakerSimilarity(speaker_model)(pairs, sample_rate=SAMPLE_RATE)
     if emotion_recogniser:
         figures["emotion"] = _emotions(emotion_recogniser, utterances, waveforms, device=device)
+    if mos_model:
+        figures["mos"] = ScriptedPredictor(mos_model)(waveforms, sample_rate=SAMPLE_RATE)
     if dnsmos:
         figures["dnsmos"] = DNSMOS(dnsmos)(waveforms, sample_rate=SAMPLE_RATE)
     _tell(figures)

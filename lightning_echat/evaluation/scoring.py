@@ -104,9 +104,9 @@ def _other_judges(folder: Path, controls: Sequence[str], *, but: str, seed: int)
 def _print_table(empathy: Mapping[str, Any]) -> None:
     """The scores as people read them."""
     table = Table(title=f"{empathy['judge']}, {empathy['items']} items, 95 % intervals", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for category in CATEGORIES:
-        table.add_column(category, no_wrap=True)
+        table.add_column(category)
     systems = {"model": empathy, **empathy["controls"]}
     for name, found in systems.items():
         table.add_row(name.replace("_", " "), *(_interval(found[category]) for category in CATEGORIES))
@@ -124,4 +124,4 @@ def _interval(triple: Sequence[float]) -> str:
     mean, low, high = triple
     if mean != mean:
         return "no data"
-    return f"{mean:.1f}" if low != low else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:.1f}" if low != low else f"{mean:.1f}\n{low:.1f} to {high:.1f}"

@@ -24,7 +24,7 @@ from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
 
 _DECIBELS = 20 / math.log(10)
 _DNSMOS_FILES = ("DNSMOS/model_v8.onnx", "DNSMOS/sig_bak_ovr.onnx", "pDNSMOS/sig_bak_ovr.onnx")
-_DNSMOS_RATE = 16_000
+_DNSMOS_RATE = _MOS_RATE = 16_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +234,40 @@ class DNSMOS:
         scores = [rate(resample(w, sample_rate, _DNSMOS_RATE), _DNSMOS_RATE, personalized=False) for w in waveforms]
         names = ("p808", "signal", "background", "overall")
         return {name: _mean([float(score[i]) for score in scores]) for i, name in enumerate(names)}
+
+
+class ScriptedPredictor:
+    """Any predictor of a mean opinion score that was saved as TorchScript, UTMOS for one (docs/token2wav.md).
+
+    Args:
+        path: A module that takes [1, samples] float32 at 16 kHz and gives one number.
+
+    Raises:
+        UserError: It is no TorchScript.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._module = torch.jit.load(path, map_location="cpu").eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"mos_model {path}: {reason}; give a module saved by torch.jit.save") from error
+        self.path = path
+
+    @torch.no_grad()
+    def __call__(self, waveforms: Sequence[Tensor], *, sample_rate: int) -> float:
+        """Mean of what is predicted, NaN without any waveform."""
+        scores = []
+        for waveform in waveforms:
+            try:
+                score = self._module(resample(waveform, sample_rate, _MOS_RATE)[None])
+                scores.append(float(score))
+            except (RuntimeError, TypeError, ValueError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise UserError(
+                    f"mos_model {self.path} does not turn [1, samples] at 16 kHz into one number: {reason}"
+                ) from error
+        return _mean(scores)
 
 
 class SpeakerSimilarity:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_echat.collectives import any_rank, clip_gradients, gathered
 from lightning_echat.contracts import DialogueReference, EChatOutput, GeneratedReply, PackedBatch, UserError
 from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, generate
@@ -26,7 +27,8 @@ from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
-from lightning_echat.parallel import any_rank, compile_blocks, gathered, reshard, sharded
+from lightning_echat.parallel import check_same_batch, compile_blocks, reshard, sharded
+from lightning_echat.stages.resuming import random_state, recount_batches
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -187,8 +189,9 @@ class EChatStage(L.LightningModule):
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
 
         Lightning has divided each micro-batch by `accumulate_grad_batches` and DDP or FSDP has averaged over ranks:
-        both are undone. Clipping comes after this hook, so it sees the true norm. The same sum tells every rank
-        whether one was asked to stop.
+        both are undone. Ranks that compute a batch together count its ids each and are averaged over each, which
+        cancels. Clipping comes after this hook, so it sees the true norm. The same sum tells every rank whether one
+        was asked to stop.
         """
         assert self._window_tokens is not None
         sums = torch.stack([self._window_tokens, self._window_tokens.new_tensor(int(self._asked_to_stop))])
@@ -204,6 +207,18 @@ class EChatStage(L.LightningModule):
                 gradient.mul_(scale.to(gradient))
         self._window_tokens = None
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, but for a norm over gradients that are not all spread over the same ranks."""
+        if gradient_clip_val and sharded(self._trainer) is not None and gradient_clip_algorithm != "value":
+            clip_gradients(self._trainable_parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def ask_to_stop(self) -> None:
         """Let this rank tell the others, with the next optimizer step, that training shall end. Safe in a handler."""
         self._asked_to_stop = True
@@ -215,7 +230,7 @@ class EChatStage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and the schedule stepped at every optimizer step."""
-        optimizer = self.optimizer_callable(list(self._trainable_parameters()))
+        optimizer = self.optimizer_callable(self._parameter_groups())
         if self.scheduler_callable is None:
             return optimizer
         scheduler = self.scheduler_callable(optimizer)
@@ -266,7 +281,7 @@ class EChatStage(L.LightningModule):
         """Store what is needed to build the network again, as plain values."""
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
-        checkpoint["random_states"] = gathered(_random_state())
+        checkpoint["random_states"] = gathered(random_state())
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -288,6 +303,7 @@ class EChatStage(L.LightningModule):
 
     def _losses(self, batch: PackedBatch) -> tuple[EChatOutput, TokenLoss]:
         assert self.model is not None
+        check_same_batch(self._trainer, batch)
         output = self.model(batch)
         loss = token_loss(
             output.hidden_states,
@@ -345,6 +361,10 @@ class EChatStage(L.LightningModule):
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
         return list(names) if names else [str(i) for i in range(8)]
 
+    def _parameter_groups(self) -> list[Any]:
+        """What the optimizer is made of: parameters, or groups of them with settings of their own."""
+        return list(self._trainable_parameters())
+
     def _trainable_parameters(self) -> Iterator[torch.nn.Parameter]:
         return (p for p in cast(EChatModel, self.model).parameters() if p.requires_grad)
 
@@ -355,36 +375,6 @@ def _means(loss: TokenLoss) -> list[tuple[str, Tensor, int]]:
         ("text", loss.text.detach() / loss.num_text.clamp_min(1), int(loss.num_text)),
         ("speech", loss.speech.detach() / loss.num_speech.clamp_min(1), int(loss.num_speech)),
     ]
-
-
-def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
-    """Turn the progress of a run into that of one which is to begin a window of `accumulate` micro-batches.
-
-    Lightning counts micro-batches and steps at multiples of the window, so it would go on in the middle of one where
-    the window has another length, as with another number of ranks, or where it was broken off; the gradients of its
-    beginning are gone, and the datamodule gives all of its batches again.
-    """
-    before = checkpoint.get("accumulate_grad_batches", accumulate)
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-    if progress is None:
-        return
-    # At the end of an epoch Lightning has stepped whatever the length of the window.
-    broken_off = 0 if progress["is_last_batch"] else progress["current"]["processed"] % before
-    for counts in (progress["total"], progress["current"]):
-        batches = counts["processed"] - broken_off
-        if before != accumulate:
-            batches = batches // before * accumulate
-        # Lightning tells by it that the checkpoint was written when a step was over, but not yet what follows one.
-        after_step = not broken_off and counts["completed"] == counts["processed"] - 1
-        counts.update(ready=batches, started=batches, processed=batches, completed=batches - after_step)
-
-
-def _random_state() -> dict[str, Tensor]:
-    """Of torch's generators on this rank."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def load_pretrained_parts(model: EChatModel) -> None:

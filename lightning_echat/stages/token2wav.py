@@ -172,9 +172,16 @@ class FlowStage(_VoiceStage):
 
     def _loss(self, batch: VoiceBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         assert self.flow is not None
-        mels = self.mel(batch.waveforms)
-        frames = (batch.lengths // self.config.mel.hop).clamp_max(mels.shape[1])
-        return self.flow.loss_sum(batch.codes, batch.code_lengths, mels, frames, generator=generator)
+        return flow_loss_sum(self.flow, self.mel, batch, generator)
+
+
+def flow_loss_sum(
+    flow: FlowMatching, mel: LogMelSpectrogram, batch: VoiceBatch, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `FlowMatching.loss_sum`; `mel` makes the features that the flow writes."""
+    mels = mel(batch.waveforms)
+    frames = (batch.lengths // mel.config.hop).clamp_max(mels.shape[1])
+    return flow.loss_sum(batch.codes, batch.code_lengths, mels, frames, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def log_summary(results: StudyResults, out: Path) -> None:
         name=study.title,
         group=study.title,
         job_type="ablation",
-        dir=out,
+        dir=out.absolute(),  # W        dir=out,B's service may stand in another folder
         config={"study": str(study.path), "seeds": list(study.seeds), "variables": dict(study.variables)},
     ) as run:
         means: dict[str, float | None] = {}

@@ -13,6 +13,7 @@ is not carried along.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -106,6 +107,8 @@ class DialogueTokenizer:
         self.vocabulary = vocabulary
         self.prompt_set = prompt_set
         self.audio_strides = tuple(audio_strides)
+        # Its threads would cost more than they do for single texts, and readers are processes already.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # A fast tokenizer is asked directly: what transformers wraps around it costs more than the work.
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
@@ -132,7 +135,8 @@ class DialogueTokenizer:
         if not text:
             return []
         if self._backend is not None:
-            return self._backend.encode(text, add_special_tokens=False).ids
+            # The one call that does not also work out where in the text each id stands: half the time of `encode`.
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -323,9 +327,9 @@ def _shift(row: list[int], prompt_length: int) -> tuple[Tensor, Tensor]:
     ids = id_tensor(row)
     if prompt_length == len(row):
         return ids, torch.full_like(ids, IGNORE_INDEX)
-    labels = ids.clone()
+    labels = ids.numpy().copy()  # a slice of it is set in a tenth of the time that torch takes
     labels[:prompt_length] = IGNORE_INDEX
-    return ids[:-1], labels[1:]
+    return ids[:-1], torch.from_numpy(labels[1:])
 
 
 def _understanding_target(query: Turn, task: DialogueTask) -> str:

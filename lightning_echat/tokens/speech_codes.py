@@ -7,6 +7,7 @@ sequential layout all text comes first. In the interleaved layout up to `TEXT_CH
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,13 @@ SPEECH_CHUNK = 18
 
 def codes_to_ids(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
     """[n] speech codes -> [n + 2] ids with the boundary on both sides; `SampleRejected` for a code out of range."""
-    values: list[int] = codes.tolist()
-    if not values:
+    values = codes.cpu().numpy().astype(np.int64)
+    if not len(values):
         raise SampleRejected("no speech codes")
-    if min(values) < 0 or max(values) >= vocabulary.codebook_size:
+    if values.min() < 0 or values.max() >= vocabulary.codebook_size:
         raise SampleRejected("speech code out of range", f"codes must lie in [0, {vocabulary.codebook_size})")
-    boundary, first = vocabulary.speech_boundary, vocabulary.first_code
-    return [boundary, *(first + value for value in values), boundary]
+    boundary = vocabulary.speech_boundary
+    return [boundary, *(values + vocabulary.first_code).tolist(), boundary]
 
 
 def ids_to_codes(ids: list[int], vocabulary: Vocabulary) -> Tensor:

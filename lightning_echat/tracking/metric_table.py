@@ -19,6 +19,8 @@ STANDS_FOR: dict[str, tuple[str, ...]] = {
     "LABELS": tuple(LABEL_SETS),
     "PART": ("text", "speech", "ctc", "text_ctc", "labels"),
     "CATEGORY": ("emotion", "age", "gender", "event", "multi", "mean"),
+    "RATE": ("wer", "cer", "mean_wer"),
+    "FAULT": ("silent_share", "truncated_share", "repeated_share"),
 }
 
 
@@ -64,6 +66,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("val/SET/think_parse_rate", "higher"),
     Metric("val/SET/empathy/count", ""),
     Metric("val/SET/empathy/CATEGORY", "higher"),
+    Metric("val/SET/speech/RATE", "lower"),
+    Metric("val/SET/speech/FAULT", "lower"),
+    Metric("val/SET/speech/seconds", ""),
+    Metric("val/SET/speech/seconds_per_word", ""),
+    Metric("val/SET/speech/emotion/probability", "higher"),
+    Metric("val/SET/speech/emotion/accuracy", "higher"),
+    Metric("val/SET/speech/emotion/cross_entropy", "lower"),
+    Metric("val/SET/spoken", ""),
     Metric("val/SET/confusion/LABELS", ""),
     Metric("val/SET/dialogues", ""),
     Metric("perf/steps_per_second", "higher"),

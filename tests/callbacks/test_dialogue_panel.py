@@ -78,7 +78,7 @@ class EightKilohertz:
 
     sample_rate = 8_000
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
         return (codes.float() / 10).repeat_interleave(320)
 
 

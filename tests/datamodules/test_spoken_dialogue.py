@@ -1,5 +1,6 @@
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from datamodules.spoken_dialogue import SpokenDialogueDataModule
 from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.mixture import SourceConfig, TaskConfig
-from lightning_echat.stages.base import recount_batches
+from lightning_echat.stages.resuming import recount_batches
 from lightning_echat.testing import tiny_tokens_config, write_dummy_shards
 
 
@@ -174,6 +175,29 @@ def test_another_seed_is_refused(tokens, shards, tmp_path):
         trainer(tmp_path, max_steps=4).fit(
             Recorder(), module(tokens, shards, seed=3), ckpt_path=tmp_path / "k.ckpt", weights_only=True
         )
+
+
+def data_of_share(tokens, shards, *, rank: int, world_size: int) -> SpokenDialogueDataModule:
+    """As a rank of a tensor-parallel group of two has it: the trainer says which share is the group's."""
+    data = module(tokens, shards)
+    share = {"rank": rank, "num_replicas": world_size}
+    data.trainer = SimpleNamespace(global_step=0, distributed_sampler_kwargs=share)  # type: ignore[assignment]
+    return data
+
+
+def test_ranks_of_a_group_read_the_same_and_their_place_is_kept_once(tokens, shards):
+    """A rank that is dealt its own would compute another batch than its group; a place kept twice is another's."""
+
+    def keys(data: SpokenDialogueDataModule) -> list[str]:
+        loader = iter(data.train_dataloader())
+        return [reference.key for _ in range(2) for reference in next(loader).references]
+
+    first, second = (data_of_share(tokens, shards, rank=rank, world_size=2) for rank in (0, 1))
+    assert keys(first) == keys(data_of_share(tokens, shards, rank=0, world_size=2)) != keys(second)
+    places = [data._trained.at(0) for data in (first, second)]
+    four_ranks = [places[0], places[0], places[1], places[1]]
+    first._ranks = SimpleNamespace(gather=lambda mine: four_ranks)  # type: ignore[assignment]
+    assert len(first.state_dict()["train"]["ranks"]) == 2
 
 
 def test_shares_and_epochs_are_there_to_be_logged(tokens, shards, tmp_path):

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import filesystem
+from torch.utils.data import DataLoader
 
 from callbacks.empathy_evaluation import EmpathyEvaluation
 from callbacks.paralinguistic_accuracy import ParalinguisticAccuracy
@@ -75,7 +76,8 @@ class Case:
         options: dict[str, Any] = {"gradient_clip_val": 0.5}
         if not alone:
             strategy = DDPStrategy(timeout=LIMIT) if self.sharding is None else sharding(**self.sharding)
-            options |= {"strategy": strategy, "devices": world, "accumulate_grad_batches": 4 // world}
+            groups = world // (self.sharding or {}).get("tensor_parallel", 1)
+            options |= {"strategy": strategy, "devices": world, "accumulate_grad_batches": 4 // groups}
         train(stage, whole if alone else micro, folder, **options)
 
 
@@ -91,10 +93,19 @@ CASES = {
     "FSDP, LoRA": Case(lora=True),
     "FSDP, bfloat16": Case(sharding={"compute": "bfloat16"}, tolerance=2e-2),
 }
+TENSOR = {"TP": Case(sharding={"tensor_parallel": 2})}
+TENSOR_AND_MORE = TENSOR | {
+    "TP, LoRA": Case(sharding={"tensor_parallel": 2}, lora=True),
+    "TP, computed again": Case(sharding={"tensor_parallel": 2}, again=("encoder", "llm")),
+    "TP, language model frozen": Case(sharding={"tensor_parallel": 2}, trainable=("encoder.*", "adapter.*")),
+    "TP, offloaded": Case(sharding={"tensor_parallel": 2, "cpu_offload": True}),
+    "TP, bfloat16": Case(sharding={"tensor_parallel": 2, "compute": "bfloat16"}, tolerance=2e-2),
+}
 COMPILED = {
     "DDP, compiled": Case(sharding=None, compiled=True),
     "FSDP, compiled": Case(compiled=True),
     "FSDP, compiled and computed again": Case(compiled=True, again=("encoder", "llm")),
+    "TP, compiled": Case(sharding={"tensor_parallel": 2}, compiled=True),
 }
 
 
@@ -115,6 +126,13 @@ def test_every_way_of_spreading_gives_the_curve_and_weights_of_one_process(tmp_p
     """
     run_on_ranks(train_cases, tokens, tmp_path, CASES)
     _compare_with_one_process(tokens, tmp_path, CASES, window=2)
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_that_compute_together_give_the_curve_of_one_process(tmp_path, tokens):
+    """With four ranks the blocks are cut both ways, and the norm is over three kinds of meshes."""
+    run_on_ranks(train_cases, tokens, tmp_path, TENSOR_AND_MORE, 4, ranks=4)
+    _compare_with_one_process(tokens, tmp_path, TENSOR_AND_MORE, window=2)
 
 
 @pytest.mark.slow
@@ -139,7 +157,9 @@ def train_compiled(tokens: TokensConfig, folder: Path) -> None:
 def test_compiled_blocks_give_the_curve_of_plain_ones(tmp_path, tokens):
     """Also where they are sharded, and where they are computed again."""
     run_on_ranks(train_compiled, tokens, tmp_path)
-    _compare_with_one_process(tokens, tmp_path, COMPILED, window=2)
+    tensor = {name: case for name, case in COMPILED.items() if name.startswith("TP")}
+    _compare_with_one_process(tokens, tmp_path, {n: c for n, c in COMPILED.items() if n not in tensor}, window=2)
+    _compare_with_one_process(tokens, tmp_path, tensor, window=4)
 
 
 def _compare_with_one_process(tokens: TokensConfig, folder: Path, cases: dict[str, Case], *, window: int) -> None:
@@ -180,7 +200,9 @@ class KeepAnswers(Callback):
         torch.save({"answers": self.answers, "metrics": metrics}, self.folder / f"answers{trainer.global_rank}.pt")
 
 
-def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False) -> None:
+def train_and_answer(
+    tokens: TokensConfig, folder: Path, *, alone: bool = False, strategy: ShardedStrategy | None = None
+) -> None:
     tokenizer = DialogueTokenizer.from_config(tokens)
     micro, whole = batches_of(tokenizer)
     spoken, written = task_from_name("text_to_speech"), task_from_name("speech_to_text.label_thinking")
@@ -189,7 +211,9 @@ def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False)
     tasks = [[written, heard], [spoken], [spoken, written], []]
     validation = [dummy_batch(tokenizer, each, first=10 * n) for n, each in enumerate(tasks)]
     decoding = DecodingConfig(max_text_ids=20, max_speech_ids=12)
-    spread: dict[str, Any] = {"strategy": sharding(), "devices": 2, "accumulate_grad_batches": 2}
+    strategy = strategy or sharding()
+    window = 2 * strategy.tensor_parallel
+    spread: dict[str, Any] = {"strategy": strategy, "devices": 2, "accumulate_grad_batches": window}
     train(
         make_stage(tokens, decoding=decoding),
         whole if alone else micro,
@@ -198,7 +222,7 @@ def train_and_answer(tokens: TokensConfig, folder: Path, *, alone: bool = False)
         EmpathyEvaluation(),
         KeepAnswers(folder),
         validation=validation,
-        val_check_interval=1 if alone else 2,
+        val_check_interval=1 if alone else window,
         check_val_every_n_epoch=None,
         **({} if alone else spread),
     )
@@ -220,16 +244,54 @@ def test_answers_and_metrics_of_a_sharded_network_are_those_of_a_whole_one(tmp_p
     assert recorded(tmp_path / "two", window=2)[0] == pytest.approx(recorded(tmp_path / "one")[0], rel=1e-5)
 
 
+def compute_together(tokens: TokensConfig, folder: Path) -> None:
+    train_cases(tokens, folder, TENSOR)
+    train_and_answer(tokens, folder / "answers", strategy=sharding(tensor_parallel=2))
+
+
+def test_ranks_that_compute_every_batch_together_train_and_answer_as_one_process(tmp_path, tokens):
+    """A gradient of a part only, ids counted by each rank; a cache of a rank's heads, answers counted twice."""
+    run_on_ranks(compute_together, tokens, tmp_path)
+    _compare_with_one_process(tokens, tmp_path, TENSOR, window=4)
+    train_and_answer(tokens, tmp_path / "alone", alone=True)
+    one = torch.load(tmp_path / "alone" / "answers0.pt")
+    assert len(one["answers"]) == 10 and one["metrics"]["val/dialogue/empathy/count"] > 0
+    for rank in (0, 1):
+        there = torch.load(tmp_path / "answers" / f"answers{rank}.pt")
+        assert there["answers"] == one["answers"]
+        assert there["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+
+
+class DealtToRanks(Listed):
+    """Every rank of a group gets batches of its own."""
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        assert self.trainer is not None
+        return DataLoader(self.batches[self.trainer.global_rank :: 2], batch_size=None)  # type: ignore[arg-type]
+
+
+def train_on_different_batches(tokens: TokensConfig, folder: Path) -> None:
+    micro, _ = batches_of(DialogueTokenizer.from_config(tokens))
+    trainer = make_trainer(folder, strategy=sharding(tensor_parallel=2), devices=2)
+    with pytest.raises(UserError, match="read different batches"):
+        trainer.fit(make_stage(tokens), datamodule=DealtToRanks(micro))
+
+
+def test_ranks_that_should_compute_together_and_read_different_batches_are_stopped(tmp_path, tokens):
+    """One could not read a file, say: they would train on a mixture of two batches, or hang."""
+    run_on_ranks(train_on_different_batches, tokens, tmp_path)
+
+
 def saving(folder: Path) -> StageCheckpoint:
     return StageCheckpoint(dirpath=folder, save_last="link", save_top_k=-1, every_n_train_steps=1)
 
 
 def train_part(
-    tokens: TokensConfig, folder: Path, *, world: int, strategy: Strategy | None, ckpt_path: Path | None = None
+    tokens: TokensConfig, folder: Path, *, world: int, strategy: ShardedStrategy | None, ckpt_path: Path | None = None
 ) -> None:
     """Two steps with saving, or the second of them from a checkpoint of the first."""
     micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
-    accumulate = 4 // world if strategy else 1
+    accumulate = 4 * strategy.tensor_parallel // world if strategy else 1
     spread: dict[str, Any] = {"strategy": strategy, "devices": world} if strategy else {"devices": 1}
     train(
         make_stage(tokens, optimizer=ADAM),
@@ -303,6 +365,34 @@ def test_a_run_goes_on_with_more_ranks(tmp_path, two, tokens):
     step_1 = tmp_path / "one" / "checkpoints" / "epoch=0-step=1.ckpt"
     run_on_ranks(train_sharded, tokens, tmp_path / "one to two", 2, step_1)
     same_ends(tmp_path / "one", tmp_path / "one to two", tolerance=1e-5, windows=(4, 2))
+
+
+def change_layouts(tokens: TokensConfig, folder: Path) -> None:
+    """Save and go on; with the layers whole again; and from a checkpoint in which they were whole."""
+    together = partial(sharding, tensor_parallel=2)
+    train_part(tokens, folder / "tp", world=2, strategy=together())
+    step_1 = folder / "tp" / "checkpoints" / "epoch=0-step=1.ckpt"
+    train_part(tokens, folder / "tp to tp", world=2, strategy=together(), ckpt_path=step_1)
+    train_part(tokens, folder / "tp to fsdp", world=2, strategy=sharding(), ckpt_path=step_1)
+    train_part(tokens, folder / "fsdp", world=2, strategy=sharding())
+    step_1 = folder / "fsdp" / "checkpoints" / "epoch=0-step=1.ckpt"
+    train_part(tokens, folder / "fsdp to tp", world=2, strategy=together(), ckpt_path=step_1)
+
+
+@pytest.mark.slow
+def test_a_run_of_ranks_that_compute_together_goes_on_in_any_layout(tmp_path, tokens):
+    """A part that is stored for the whole, an optimizer's moments under another part's name."""
+    run_on_ranks(change_layouts, tokens, tmp_path)
+    same_ends(tmp_path / "tp", tmp_path / "tp to tp", tolerance=0.0, windows=(4, 4))
+    same_ends(tmp_path / "tp", tmp_path / "tp to fsdp", tolerance=1e-5, windows=(4, 2))
+    same_ends(tmp_path / "fsdp", tmp_path / "fsdp to tp", tolerance=1e-5, windows=(2, 4))
+    trained = load_trained(tmp_path / "tp")
+    _, weights = recorded(tmp_path / "tp", window=4)
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.{name}"]), name
+    consolidate(tmp_path / "tp" / "checkpoints" / "epoch=0-step=1.ckpt", tmp_path / "whole.ckpt")
+    train_part(tokens, tmp_path / "one", world=1, strategy=None, ckpt_path=tmp_path / "whole.ckpt")
+    same_ends(tmp_path / "tp", tmp_path / "one", tolerance=1e-5, windows=(4, 1))
 
 
 def test_commands_read_a_sharded_checkpoint_as_they_read_a_file(two, tokens, tokenizer):
@@ -486,10 +576,19 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_what_was_saved(tmp_path, to
     assert load_trained(tmp_path).step == 1
 
 
-def test_replicas_that_do_not_divide_the_ranks_are_refused(tmp_path, tokens):
-    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(replicas=3), devices=1)
-    with pytest.raises(UserError, match="does not divide the 1 processes"):
+@pytest.mark.parametrize("what", ["replicas", "tensor_parallel"])
+def test_groups_that_do_not_divide_the_ranks_are_refused(tmp_path, tokens, what):
+    options: dict[str, Any] = {what: 3}
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(**options), devices=1)
+    with pytest.raises(UserError, match=rf"strategy\.{what} is 3, which does not divide the 1 processes"):
         trainer.fit(make_stage(tokens), train_dataloaders=[])
+
+
+def test_replicas_of_groups_are_refused(tmp_path, tokens):
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(replicas=2, tensor_parallel=2), devices=4)
+    trainer.strategy.num_nodes = 1  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="do not go together"):
+        trainer.strategy.setup_environment()
 
 
 def test_a_strategy_that_would_have_every_rank_train_by_itself_is_refused(tmp_path, tokens):

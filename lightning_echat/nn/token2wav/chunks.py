@@ -73,6 +73,7 @@ class WaveformStream:
         self._fade = round(self.config.fade * self.sample_rate)
         self._codes: list[int] = []  # the context and what has not been made yet
         self._context = 0  # how many of them are context
+        self._start = 0  # how many codes of the answer are before them
         self._tail: Tensor | None = None  # [fade] what the last piece made of the samples behind it
         self._pieces = 0
 
@@ -97,7 +98,7 @@ class WaveformStream:
         """The next `count` codes as a waveform."""
         start, end = self._context, self._context + count
         window = self._codes[: end + self.config.look_ahead]
-        waveform = self._token2wav.decode(torch.tensor(window)).float()
+        waveform = self._token2wav.decode(torch.tensor(window), start=self._start).float()
         piece = waveform[start * self._per_code : end * self._per_code].clone()
         if self._tail is not None:
             length = min(len(self._tail), len(piece))
@@ -106,5 +107,6 @@ class WaveformStream:
         self._tail = waveform[end * self._per_code :][: self._fade].clone() if len(window) > end else None
         self._context = min(end, self.config.context)
         self._codes = self._codes[end - self._context :]
+        self._start += end - self._context
         self._pieces += 1
         return piece

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -96,6 +97,28 @@ class Prompt:
     mel: Tensor
 
 
+def frame_noise(frames: int, bins: int, *, seed: int, first: int = 0, stream: int = 0) -> Tensor:
+    """[frames, bins] float32 of a normal distribution. A frame has the same noise whichever frames it is drawn with.
+
+    A counter-based generator on the CPU (Philox, Salmon et al. 2011) makes them, so that a stretch of an answer has the
+    noise of the same place in the whole, at the cost of the stretch, and a seed means the same on every device.
+
+    Args:
+        frames: How many.
+        bins: Values a frame.
+        seed: Of all frames.
+        first: Number of the first.
+        stream: Another one is other noise under the same seed.
+    """
+    # A step of the counter makes four numbers of 64 bits; Box and Muller turn two into two.
+    steps = -(-bins // 4)
+    source = np.random.Philox(key=[seed % 2**64, stream], counter=[first * steps, 0, 0, 0])
+    uniform = (source.random_raw(frames * steps * 4).reshape(frames, 2, 2 * steps) >> np.uint64(11)) * 2.0**-53
+    radius, angle = np.sqrt(-2.0 * np.log1p(-uniform[:, 0])), 2.0 * np.pi * uniform[:, 1]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :bins]
+    return torch.from_numpy(normal.astype(np.float32))
+
+
 class FlowMatching(nn.Module):
     """Codes to log-mel."""
 
@@ -152,7 +175,13 @@ class FlowMatching(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, codes: Tensor, config: SamplingConfig, *, prompt: Prompt | None = None, speaker: Tensor | None = None
+        self,
+        codes: Tensor,
+        config: SamplingConfig,
+        *,
+        prompt: Prompt | None = None,
+        speaker: Tensor | None = None,
+        first_frame: int = 0,
     ) -> Tensor:
         """The mel of one utterance.
 
@@ -161,6 +190,7 @@ class FlowMatching(nn.Module):
             config: See there.
             prompt: What the result continues.
             speaker: [speaker_size].
+            first_frame: Where the result stands in the answer that it is a stretch of; the noise is of that place.
 
         Returns:
             [F, bins] float32, the frames that cover the codes, without the prompt's.
@@ -172,10 +202,14 @@ class FlowMatching(nn.Module):
         if prompt:
             known[0, :before] = (prompt.mel.to(encoded) - self.config.mel_mean) / self.config.mel_scale
         conditions = torch.cat(self._conditions(encoded, known, None if speaker is None else speaker[None]), dim=-1)
-        # On the CPU, so that a seed means the same noise everywhere.
-        generator = torch.Generator().manual_seed(config.seed)
-        noise = torch.randn(encoded.shape, generator=generator) * config.temperature
-        mel = self._follow(noise.to(encoded), conditions, config)[0, before:]
+        bins = self.config.mel.bins
+        noise = torch.cat(
+            [
+                frame_noise(before, bins, seed=config.seed, stream=1),
+                frame_noise(frames, bins, seed=config.seed, first=first_frame),
+            ]
+        )
+        mel = self._follow((noise[None] * config.temperature).to(encoded), conditions, config)[0, before:]
         return (mel * self.config.mel_scale + self.config.mel_mean).float()
 
     def _encode(self, codes: Tensor, frames: int, prompt: Prompt | None) -> Tensor:

@@ -54,8 +54,13 @@ class Token2Wav(Protocol):
     code_rate: float
     sample_rate: int
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """[codes] int64 -> [codes · sample_rate / code_rate] float32 in [-1, 1]. The same codes, the same waveform."""
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
+        """[codes] int64 -> [codes · sample_rate / code_rate] float32 in [-1, 1]. The same codes, the same waveform.
+
+        Args:
+            codes: All codes of an answer, or a stretch of them.
+            start: Codes of the answer that come before a stretch, for what draws noise by its place in the answer.
+        """
         ...
 
 

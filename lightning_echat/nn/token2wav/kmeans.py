@@ -133,8 +133,10 @@ class KMeansSpeechTokenizer(nn.Module):
         return codes.masked_fill(~valid, 0), code_lengths
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
         """[codes] int64 -> [codes · 640] float32 at 16 kHz, peak at most 0.99; equal codes give equal waveforms.
+
+        It draws nothing, so `start` changes nothing.
 
         Raises:
             ValueError: The codes are not one-dimensional or not of this codebook.

@@ -69,8 +69,12 @@ class FlowToken2Wav(nn.Module):
         self.eval()
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
         """[codes] int64 -> [codes · sample_rate / code_rate] float32, peak at most 0.99. Same codes, same waveform.
+
+        Args:
+            codes: All codes of an answer, or a stretch of them.
+            start: Codes of the answer that come before. The noise is that of the same place in the whole answer.
 
         Raises:
             ValueError: The codes are not one-dimensional or not of this codebook.
@@ -84,7 +88,10 @@ class FlowToken2Wav(nn.Module):
             raise ValueError(
                 f"codes must be in [0, {self.codebook_size}), not {int(codes.min())} to {int(codes.max())}"
             )
-        mel = self.flow.generate(codes.to(device), self.sampling, prompt=self.prompt, speaker=self.speaker)
+        first = round(start * self.flow.config.mel.samples_per_code(self.code_rate) / self.flow.config.mel.hop)
+        mel = self.flow.generate(
+            codes.to(device), self.sampling, prompt=self.prompt, speaker=self.speaker, first_frame=first
+        )
         samples = int(codes.numel() * self.flow.config.mel.samples_per_code(self.code_rate))
         waveform = self.vocoder(mel[None])[0, :samples].float()
         return waveform / (waveform.abs().max() / _PEAK).clamp_min(1.0)

@@ -6,7 +6,13 @@ from torch import Tensor
 
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.token2wav.chunks import ChunkConfig, WaveformStream
+from lightning_echat.nn.token2wav.code_encoder import CodeEncoderConfig
+from lightning_echat.nn.token2wav.estimator import EstimatorConfig
+from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching
 from lightning_echat.nn.token2wav.kmeans import KMeansSpeechTokenizer, fit_kmeans, log_mel_blocks
+from lightning_echat.nn.token2wav.mel import MelConfig
+from lightning_echat.nn.token2wav.synthesizer import FlowToken2Wav
+from lightning_echat.nn.token2wav.vocoder import HiFiGANVocoder, VocoderConfig
 from lightning_echat.testing import dummy_audio
 
 
@@ -20,6 +26,23 @@ def voice() -> KMeansSpeechTokenizer:
 def codes(voice) -> Tensor:
     audio = dummy_audio(4.0, seed=9)
     return voice.encode(audio[None], lengths=torch.tensor([len(audio)]))[0][0]
+
+
+def flow_voice(*, hop: int) -> FlowToken2Wav:
+    """Flow and vocoder of random weights: what it says is decided by codes and noise alike."""
+    mel = MelConfig(sample_rate=16_000, fft=1024, window=640, hop=hop, bins=20, high=8000.0)
+    torch.manual_seed(0)
+    flow = FlowConfig(
+        codebook_size=8,
+        mel=mel,
+        speaker_size=0,
+        encoder=CodeEncoderConfig(width=16, layers=1, heads=2, feedforward=32, stretched_layers=1, dropout=0.0),
+        estimator=EstimatorConfig(channels=(16, 16), blocks=1, middle=1, heads=2, head_size=8),
+    )
+    vocoder = VocoderConfig(
+        mel=mel, channels=16, rates=(8, hop // 8), kernels=(16, hop // 4), block_kernels=(3,), block_dilations=((1, 3),)
+    )
+    return FlowToken2Wav(FlowMatching(flow), HiFiGANVocoder(vocoder))
 
 
 def streamed(voice, codes: Tensor, config: ChunkConfig, *, at_once: int = 1) -> list[Tensor]:
@@ -58,6 +81,32 @@ def test_pieces_together_are_the_whole(voice, codes):
     assert log_spectral_distance(alone, whole) > 0.5
 
 
+class Forgetful:
+    """Speaks every stretch as if it were the beginning of the answer."""
+
+    def __init__(self, voice: FlowToken2Wav) -> None:
+        self.voice = voice
+        self.codebook_size, self.code_rate, self.sample_rate = voice.codebook_size, voice.code_rate, voice.sample_rate
+
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
+        return self.voice.decode(codes)
+
+
+@pytest.mark.parametrize(("hop", "share"), [(160, 0.3), (256, 0.75)])
+def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop, share):
+    """Where a code is 4 frames; and, half a frame off at most, where it is 2.5 of them."""
+    voice = flow_voice(hop=hop)
+    codes = torch.randint(8, (90,), generator=torch.Generator().manual_seed(0))
+    whole = voice.decode(codes)
+    pieces = streamed(voice, codes, ChunkConfig())
+    together = torch.cat(pieces)
+    forgotten = torch.cat(streamed(Forgetful(voice), codes, ChunkConfig()))
+    near, far = log_spectral_distance(together, whole), log_spectral_distance(forgotten, whole)
+    assert near < share * far
+    allowed = jumps_at_joins(whole, pieces) + 0.02 * whole.diff().abs().max()
+    assert (jumps_at_joins(together, pieces) <= allowed).all()
+
+
 def test_joins_do_not_click(voice, codes):
     whole = voice.decode(codes)
     pieces = streamed(voice, codes, ChunkConfig())
@@ -91,8 +140,10 @@ class Ramp:
 
     def __init__(self) -> None:
         self.windows: list[list[int]] = []
+        self.starts: list[int] = []
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, start: int = 0) -> Tensor:
+        self.starts.append(start)
         self.windows.append(codes.tolist())
         return torch.full((len(codes),), float(len(self.windows))).repeat_interleave(4)
 
@@ -102,6 +153,7 @@ def test_windows_hold_context_piece_and_look_ahead_and_mix_over_the_fade():
     config = ChunkConfig(first=2, codes=3, context=2, look_ahead=1, fade=0.03)
     pieces = streamed(voice, torch.arange(8), config)
     assert voice.windows == [[0, 1, 2], [0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7]]
+    assert voice.starts == [0, 0, 3]
     assert pieces[0].tolist() == [1.0] * 8
     assert pieces[1].tolist() == [1.25, 1.5, 1.75] + [2.0] * 9
     assert pieces[2].tolist() == [2.25, 2.5, 2.75] + [3.0] * 9

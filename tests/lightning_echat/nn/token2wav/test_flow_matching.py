@@ -4,7 +4,7 @@ import torch
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.token2wav.code_encoder import CodeEncoderConfig, _by_key, _stretch
 from lightning_echat.nn.token2wav.estimator import EstimatorConfig
-from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching, Prompt, SamplingConfig
+from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching, Prompt, SamplingConfig, frame_noise
 from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
 
 MEL = MelConfig(sample_rate=16_000, fft=512, window=512, hop=160, bins=8, high=8000.0)
@@ -82,6 +82,23 @@ def test_the_seed_decides_the_noise_and_nothing_else_does() -> None:
     torch.rand(100)
     assert torch.equal(first, flow.generate(codes, SamplingConfig(steps=2, seed=1)))
     assert not torch.allclose(first, flow.generate(codes, SamplingConfig(steps=2, seed=2)))
+
+
+def test_a_frame_has_the_same_noise_whichever_it_is_drawn_with() -> None:
+    whole = frame_noise(500, 10, seed=1)
+    assert torch.equal(frame_noise(20, 10, seed=1, first=130), whole[130:150])
+    for other in (frame_noise(500, 10, seed=2), frame_noise(500, 10, seed=1, stream=1), whole.roll(1, 0)):
+        assert (other == whole).float().mean() < 0.001
+    many = frame_noise(5000, 80, seed=-1).double()
+    # Of 400,000 normal numbers; five standard errors each.
+    assert abs(many.mean()) < 0.008 and abs(many.var() - 1) < 0.012
+    assert abs(many.pow(3).mean()) < 0.031 and abs(many.pow(4).mean() - 3) < 0.08
+    neighbours = (
+        (many[:, :-1] * many[:, 1:]).mean(),
+        (many[:-1] * many[1:]).mean(),
+        (many[:, :40] * many[:, 40:]).mean(),
+    )
+    assert max(abs(float(value)) for value in neighbours) < 0.012
 
 
 def test_guidance_moves_away_from_what_fits_without_conditions() -> None:
