@@ -20,7 +20,8 @@ from lightning_echat.tracking.lineage import read_lineage
 from lightning_echat.tracking.metric_table import BOOKKEEPING, metric_of
 from tests.tiny_experiment import MEASURING, write_experiment
 from tests.wandb_log import OfflineRun, pieces, read_piece, records
-from tests.wandb_stub import Run, WandbStub, running_stub
+from tests.wandb_stub import WandbStub, running_stub
+from tests.wandb_stub_state import Run
 
 STAGES = ("understanding", "generation", "empathy")
 TABLE = {"class_path": "tests.tiny_experiment.LogTable"}

@@ -12,7 +12,8 @@ from lightning_echat import cli
 from lightning_echat.tracking.identity import read_identity
 from lightning_echat.tracking.lineage import read_lineage
 from tests.tiny_experiment import write_experiment
-from tests.wandb_stub import Run, WandbStub, running_stub
+from tests.wandb_stub import WandbStub, running_stub
+from tests.wandb_stub_state import Run
 
 
 def fit(config: Path, *words: str) -> None:
