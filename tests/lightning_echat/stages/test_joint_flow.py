@@ -87,7 +87,7 @@ def test_two_ranks_that_accumulate_train_the_flow_as_one_big_batch(tmp_path, tok
         assert torch.equal(first[name], second[name]), f"the ranks differ in {name}"
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     moved = [(one[name] - before[name]).abs().max() for name in before if name.startswith("flow.")]
-    assert max(moved) > 1e-2
+    assert max(moved) > 1e-3
 
 
 def test_a_code_weighs_as_much_as_an_id_and_the_language_model_feels_nothing(tmp_path, tokens, monkeypatch):
