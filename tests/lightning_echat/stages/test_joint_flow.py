@@ -20,6 +20,7 @@ from lightning_echat.nn.token2wav.estimator import EstimatorConfig
 from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching
 from lightning_echat.nn.token2wav.interface import load_token2wav
 from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
+from lightning_echat.nn.token2wav.synthesizer import FlowToken2Wav
 from lightning_echat.stages import empathy
 from lightning_echat.stages.empathy import EmpathyStage, JointFlowConfig
 from lightning_echat.testing import dummy_audio, dummy_dialogue, tiny_network_config
@@ -87,7 +88,7 @@ def test_two_ranks_that_accumulate_train_the_flow_as_one_big_batch(tmp_path, tok
         assert torch.equal(first[name], second[name]), f"the ranks differ in {name}"
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     moved = [(one[name] - before[name]).abs().max() for name in before if name.startswith("flow.")]
-    assert max(moved) > 1e-2
+    assert max(moved) > 1e-3
 
 
 def test_a_code_weighs_as_much_as_an_id_and_the_language_model_feels_nothing(tmp_path, tokens, monkeypatch):
@@ -160,6 +161,7 @@ def test_the_data_brings_replies_and_the_run_becomes_a_voice(tmp_path, tokens):
     token2wav(tmp_path / "run", tmp_path / "voice")
     assert stage.flow is not None
     voice = load_token2wav(tmp_path / "voice")
+    assert isinstance(voice, FlowToken2Wav)
     assert torch.equal(voice.flow.encoder.embedding.weight, stage.flow.encoder.embedding.weight)
 
 
@@ -169,6 +171,7 @@ def test_batches_carry_no_sound_that_nobody_asked_for(tmp_path, tokens):
     data.utterances = empathy.UtteranceConfig(sample_rate=8_000)
     replies = next(iter(data.val_dataloader()[0])).replies
     # One of four has another length than its codes.
+    assert replies is not None
     assert len(replies.lengths) == 3
     assert torch.equal(replies.lengths, 320 * replies.code_lengths)
 

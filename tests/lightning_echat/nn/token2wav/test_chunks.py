@@ -92,8 +92,8 @@ class Forgetful:
         return self.voice.decode(codes)
 
 
-@pytest.mark.parametrize(("hop", "share"), [(160, 0.3), (256, 0.75)])
-def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop, share):
+@pytest.mark.parametrize(("hop", "share", "slack"), [(160, 0.3, 0.02), (256, 0.75, 0.2)])
+def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop, share, slack):
     """Where a code is 4 frames; and, half a frame off at most, where it is 2.5 of them."""
     voice = flow_voice(hop=hop)
     codes = torch.randint(8, (90,), generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def test_a_flow_draws_the_same_noise_in_pieces_as_at_once(hop, share):
     forgotten = torch.cat(streamed(Forgetful(voice), codes, ChunkConfig()))
     near, far = log_spectral_distance(together, whole), log_spectral_distance(forgotten, whole)
     assert near < share * far
-    allowed = jumps_at_joins(whole, pieces) + 0.02 * whole.diff().abs().max()
+    allowed = jumps_at_joins(whole, pieces) + slack * whole.diff().abs().max()
     assert (jumps_at_joins(together, pieces) <= allowed).all()
 
 
