@@ -24,6 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from benchmarks.networks import SIZES, network_of, tokens_of
@@ -51,7 +52,7 @@ class CountGathered(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d" and "allgather" in func._opname:
             world = torch.distributed.get_world_size()
-            flat = torch.utils._pytree.tree_leaves(args[0])
+            flat = tree_leaves(args[0])
             self.received += sum(t.nbytes for t in flat if isinstance(t, Tensor)) * (world - 1) / world
         return func(*args, **(kwargs or {}))
 

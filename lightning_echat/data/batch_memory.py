@@ -61,7 +61,7 @@ class HandedBatch:
         tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
         assert all(tensor.untyped_storage().data_ptr() == storage.data_ptr() for tensor in tensors.values())
         places = {
-            name: (tensor.storage_offset() * tensor.element_size(), tuple(tensor.shape), tensor.dtype)
+            name: (int(tensor.storage_offset()) * tensor.element_size(), tuple(tensor.shape), tensor.dtype)
             for name, tensor in tensors.items()
         }
         rest = {name: value for name, value in fields.items() if name not in tensors}

@@ -28,8 +28,6 @@ from lightning_echat.tokens.paralinguistics import LABEL_SETS
 Row = list[TokenizedDialogue]
 Tag = TypeVar("Tag")
 
-_FRAMES_WEIGHT = 0.85
-"""How much a ratio of mel frames counts against the same ratio of ids when dialogues of like length are sought."""
 _PACKED_SLACK = 0.06
 """Share of a row that packing leaves empty rather than fill it with a clip of quite another length, which would have
 the encoder pad all the others."""
@@ -56,6 +54,9 @@ class BatchingConfig:
         max_rows: Most rows in a batch.
         max_ids: Longest dialogue; longer ones are skipped and counted. When packing also the capacity of a row.
         pool: Dialogues looked at together, to find those of like length or to pack them.
+        frames_weight: How much a ratio of mel frames counts against the same ratio of ids when dialogues of like length
+            are sought for a padded batch. Less pads more frames and mixes a batch more: a small model that begins from
+            nothing learns better from that.
         packed: Several dialogues in a row, which needs an attention that keeps them apart. Otherwise one a row.
         shuffle: Stored dialogues per source and worker held back, still encoded, to be drawn from at random.
         validation_rows: Rows of a validation batch, one dialogue each.
@@ -65,6 +66,7 @@ class BatchingConfig:
     max_rows: int = 64
     max_ids: int = 2048
     pool: int = 2048
+    frames_weight: float = 0.85
     packed: bool = False
     shuffle: int = 256
     validation_rows: int = 8
@@ -74,6 +76,8 @@ class BatchingConfig:
         for name in ("tokens_per_batch", "max_rows", "max_ids", "pool", "shuffle", "validation_rows"):
             if getattr(self, name) < 1:
                 raise UserError(f"batching.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.frames_weight < 0:
+            raise UserError(f"batching.frames_weight is {self.frames_weight}; it must be at least 0")
         if self.max_ids > self.tokens_per_batch:
             raise UserError(
                 f"batching.max_ids {self.max_ids} exceeds tokens_per_batch {self.tokens_per_batch}; "
@@ -107,7 +111,7 @@ def pack_rows(rows: Sequence[Row], *, padding: int, mel_bins: int = 80) -> Packe
     _fill_clips(arrays, clips)
     utterances = [d.utterance for row in rows for d in row if d.utterance is not None]
     replies = collate_utterances(utterances) if utterances else None
-    return PackedBatch(**tensors, references=references, replies=replies)
+    return PackedBatch(references=references, replies=replies, **tensors)  # pyright: ignore[reportArgumentType]
 
 
 Arrays = dict[str, NDArray[Any]]
@@ -251,7 +255,7 @@ def choose_padded(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -
     """
     by_ids = np.abs(np.log(ids / ids[0]))
     # The two lengths hardly go together: a long query may ask for a label alone.
-    distance = np.maximum(by_ids, _FRAMES_WEIGHT * _frame_distance(frames, nearness=by_ids))
+    distance = np.maximum(by_ids, config.frames_weight * _frame_distance(frames, nearness=by_ids))
     order = np.argsort(distance, kind="stable")
     rows = np.arange(1, len(order) + 1)
     fits = (rows * np.maximum.accumulate(ids[order]) <= config.tokens_per_batch) & (rows <= config.max_rows)

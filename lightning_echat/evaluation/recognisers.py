@@ -179,9 +179,9 @@ class HuggingFaceEmotionRecogniser:
     def __init__(self, name: str, *, labels: dict[str, str] | None = None, device: str = "cpu") -> None:
         self.name = name
         self._pipeline = _pipeline("audio-classification", name, device=device, batch_size=8)
-        own = [self._pipeline.model.config.id2label[i] for i in range(self._pipeline.model.config.num_labels)]
-        self._ours = {label: (labels or {}).get(label, label.lower()) for label in own}
-        self.labels = tuple(dict.fromkeys(self._ours.values()))
+        own = [str(self._pipeline.model.config.id2label[i]) for i in range(self._pipeline.model.config.num_labels)]
+        self._ours: dict[str, str] = {label: (labels or {}).get(label, label.lower()) for label in own}
+        self.labels: tuple[str, ...] = tuple(dict.fromkeys(self._ours.values()))
 
     def distributions(self, waveforms: Sequence[Tensor], *, sample_rate: int) -> Tensor:
         """See `EmotionRecogniser`; labels of the model that mean one of ours are added up."""
@@ -203,7 +203,7 @@ class StageEmotionRecogniser:
     def __init__(self, run: Path) -> None:
         self.trained = load_trained(run)
         heads = self.trained.model.auxiliary
-        if heads is None or "emotion" not in self.trained.model.config.auxiliary_labels:
+        if heads is None or "emotion" not in heads.labels:
             raise UserError(f"{self.trained.path} was trained without an emotion head (network.auxiliary_labels)")
         self.name = f"own stage {self.trained.path.name} (not independent)"
         self.labels = LABEL_SETS["emotion"]

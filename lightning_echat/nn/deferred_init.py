@@ -151,7 +151,7 @@ class DeferredInit(TorchDispatchMode):
         fresh = self._empty.pop(_key(parameter), None) is not None
         values = parameter.detach()
         outline = type(parameter)(values.to("meta"), requires_grad=parameter.requires_grad)
-        outline.__dict__.update(parameter.__dict__)
+        vars(outline).update(vars(parameter))
         self._recipes[_key(outline)] = _Recipe(outline, None if fresh or not self._drawn else values)
         return outline
 

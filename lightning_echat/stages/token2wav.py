@@ -30,7 +30,7 @@ from lightning_echat.nn.token2wav.discriminators import (
 )
 from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching
 from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
-from lightning_echat.nn.token2wav.trained_parts import load_part, part_settings
+from lightning_echat.nn.token2wav.trained_parts import PartName, load_part, part_settings
 from lightning_echat.nn.token2wav.vocoder import HiFiGANVocoder, VocoderConfig
 
 _MOST_SKIPPED = 50
@@ -100,7 +100,7 @@ class _VoiceStage(L.LightningModule):
             return optimizer, []
         return optimizer, [{"scheduler": self.scheduler_callable(optimizer), "interval": "step"}]
 
-    def _take_from(self, part: nn.Module, name: str) -> None:
+    def _take_from(self, part: nn.Module, name: PartName) -> None:
         if self.init_from:
             report = load_part(part, self.init_from, name=name)
             rank_zero_only(sys.stdout.write)(f"{report}\n")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import speech_quality
 from callbacks.speech_quality import SpeechQuality
-from lightning_echat.contracts import UserError
+from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
 from tests.callbacks.fakes import FakeData, FakeStage, make_batch, make_trainer, reference
 from tests.ranks import run_on_ranks
@@ -54,7 +54,7 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speech_quality, "open_emotion_recogniser", lambda name: _Emotions())
 
 
-def spoken(*keys: str) -> object:
+def spoken(*keys: str) -> PackedBatch:
     return make_batch([reference(key, task=SPEAKS) for key in keys])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,7 @@ class CosyVoiceSpeechTokenizer(nn.Module):
             ) from error
         try:
             if path.suffix == ".onnx":
-                state = onnx2torch(str(path), None, False)
+                state = cast("dict[str, Tensor]", onnx2torch(str(path), cast("str", None), False))
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             width = state["encoder.conv1.weight"].shape[0]

@@ -7,6 +7,7 @@ utterance, so its cost grows with the square of the frames: 6 s are 520 of them 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,15 +84,15 @@ class Estimator(nn.Module):
         # One frame of a row of none, or its attention would be over nothing, and NaN.
         mask = valid.index_fill(1, valid.new_zeros(1, dtype=torch.long), True)[:, None].to(x.dtype)
         masks, skipped = [mask], []
-        for level in self.down:
+        for level in _levels(self.down):
             x = level.blocks_of(x, masks[-1], at)
             skipped.append(x)
             x = level.resize(x * masks[-1])
             masks.append(masks[-1][..., ::2] if x.shape[-1] < skipped[-1].shape[-1] else masks[-1])
         masks.pop()
-        for level in self.middle:
+        for level in _levels(self.middle):
             x = level.blocks_of(x, masks[-1], at)
-        for level in self.up:
+        for level in _levels(self.up):
             mask, skip = masks.pop(), skipped.pop()
             x = level.blocks_of(torch.cat([x[..., : skip.shape[-1]], skip], dim=1), mask, at)
             x = level.resize(x * mask)
@@ -115,6 +116,12 @@ def _time_code(time: Tensor, size: int) -> Tensor:
     rates = torch.exp(torch.arange(half, device=time.device) * (-math.log(10_000.0) / max(1, half - 1)))
     angles = 1000.0 * time.float()[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def _levels(modules: nn.ModuleList) -> Iterator[_Level]:
+    for module in modules:
+        assert isinstance(module, _Level)
+        yield module
 
 
 class _Level(nn.Module):

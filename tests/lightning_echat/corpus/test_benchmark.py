@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*/*.tar"))}
 
 
-SIZES = {"items_per_category": 1, "seen_voices_items": 1, "items_per_shard": 3}
+SIZES: dict[str, Any] = {"items_per_category": 1, "seen_voices_items": 1, "items_per_shard": 3}
 
 
 @pytest.mark.slow

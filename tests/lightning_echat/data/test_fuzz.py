@@ -6,6 +6,7 @@ import struct
 import tarfile
 from collections import Counter
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -191,7 +192,7 @@ def test_a_header_read_the_quick_way_is_what_tarfile_reads():
     plain = 0
     for _ in range(3000):
         info = tarfile.TarInfo(random.choice(["a.json", "é.0.wav", "x" * 100, "p" * 50 + "/" + "y" * 80, "d/"]))
-        form = random.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+        form: Any = random.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
         info.size = random.choice([0, 5, 0o77777777777, *([2**40] if form == tarfile.GNU_FORMAT else [])])
         block = bytearray(info.tobuf(form)[-512:])
         for _ in range(random.choice([0, 0, 1, 2])):

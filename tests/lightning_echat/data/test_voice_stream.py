@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_echat.contracts import DialogueSample, Turn, UserError
+from lightning_echat.contracts import DialogueSample, Turn, UserError, VoiceBatch
 from lightning_echat.data.voice_stream import VoiceLoader, VoiceReadingConfig, VoiceStream
 from lightning_echat.data.writers import write_shard
 
@@ -56,6 +56,7 @@ def test_a_stretch_is_cut_out_of_codes_and_waveform_alike(shards: list[str]) -> 
 def test_audio_comes_at_the_rate_asked_for(shards: list[str]) -> None:
     config = VoiceReadingConfig(sample_rate=22_050, rows=9)
     batch = next(iter(VoiceStream(config, shards=shards, training=False)))
+    assert isinstance(batch, VoiceBatch)
     assert batch.code_lengths.tolist() == [CODES + number for number in range(9)]
     assert batch.lengths.tolist() == [882 * (CODES + number) for number in range(9)]
 

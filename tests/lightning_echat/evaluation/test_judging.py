@@ -29,7 +29,7 @@ class NoJudge:
 def test_a_judge_of_ones_own_is_named_by_its_class_path():
     judge = make_judge(f"{__name__}.LengthJudge", {"points": 2.0})
     said = JudgedReply(key="a", transcript="", labels={}, categories=[], reply="four")
-    assert [score.total for score in judge.score_all([said], folder=Path())] == [8.0]
+    assert [score and score.total for score in judge.score_all([said], folder=Path())] == [8.0]
 
 
 @pytest.mark.parametrize(

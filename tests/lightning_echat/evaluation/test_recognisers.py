@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -20,7 +21,7 @@ from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
 WAVEFORM = 0.1 * torch.sin(torch.arange(8_000) / 5)
 
 
-def sizes() -> dict[str, object]:
+def sizes() -> dict[str, Any]:
     return {
         "hidden_size": 16,
         "num_hidden_layers": 1,
@@ -48,7 +49,8 @@ def speech_model(tmp_path: Path) -> Path:
     from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2ForCTC
 
     (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "A": 3, "B": 4}))
-    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), bos_token=None, eos_token=None).save_pretrained(tmp_path)
+    no_marks: Any = {"bos_token": None, "eos_token": None}
+    Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), **no_marks).save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = Wav2Vec2ForCTC(Wav2Vec2Config(**sizes(), vocab_size=5, pad_token_id=0))
     torch.nn.init.zeros_(model.lm_head.weight)

@@ -109,7 +109,7 @@ def test_scoring_is_a_step_that_can_be_run_again_on_the_file(tmp_path, make_reco
     again = rescore_records(path, judge=judge)
     assert scores.read_text() == text
     assert path.read_text() == answers
-    assert [record.score.total for record in read_records(path)][:1] == [scored[0].score.total]
+    assert [record.score for record in read_records(path)][:1] == [scored[0].score]
     assert read_made_by(path) == "me"
     assert scored[0].score == again[0].score
     assert scored[0].judge == judge.name

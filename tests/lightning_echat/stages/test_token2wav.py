@@ -16,6 +16,7 @@ from lightning_echat.nn.token2wav.estimator import EstimatorConfig
 from lightning_echat.nn.token2wav.flow_matching import FlowConfig
 from lightning_echat.nn.token2wav.interface import load_token2wav
 from lightning_echat.nn.token2wav.mel import MelConfig
+from lightning_echat.nn.token2wav.synthesizer import FlowToken2Wav
 from lightning_echat.nn.token2wav.vocoder import VocoderConfig
 from lightning_echat.stages.token2wav import FlowStage, VocoderLosses, VocoderStage
 from tests.ranks import run_on_ranks
@@ -79,11 +80,12 @@ class Voices(LightningDataModule):
         batches = [batch(number, rows=1 + number % 2) for number in range(rank, world * self.steps, world)]
         if self.broken is not None and rank == world - 1:
             batches[self.broken].waveforms[0, 100] = float("nan")
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(batches, batch_size=None)  # pyright: ignore[reportArgumentType]
 
     def val_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return DataLoader([batch(999, rows=0 if self.trainer.global_rank else 3)], batch_size=None)
+        rows = 0 if self.trainer.global_rank else 3
+        return DataLoader([batch(999, rows=rows)], batch_size=None)  # pyright: ignore[reportArgumentType]
 
 
 def fit(stage: LightningModule, folder: Path, data: Voices, **options: Any) -> Trainer:
@@ -105,6 +107,7 @@ def test_the_vocoder_is_judged_from_the_step_on_that_yaml_names(tmp_path: Path) 
     assert "train/loss/adversarial" not in trainer.callback_metrics
     stage = vocoder_stage()
     stage.configure_model()
+    assert stage.discriminators is not None
     untouched = [p.detach().clone() for p in stage.discriminators.parameters()]
     trainer = fit(stage, tmp_path, Voices(4))
     assert {"train/loss/adversarial", "train/loss/feature_matching", "train/loss/discriminators"} <= set(
@@ -147,6 +150,7 @@ def test_flow_and_vocoder_of_two_runs_become_a_voice_and_start_the_next_run(tmp_
         trainer.save_checkpoint(tmp_path / name / "last.ckpt")
     token2wav(tmp_path / "flow", tmp_path / "voice", vocoder=tmp_path / "vocoder")
     voice = load_token2wav(tmp_path / "voice")
+    assert isinstance(voice, FlowToken2Wav)
     assert voice.decode(torch.tensor([1, 2, 3])).shape == (3 * 640,)
     for source in (tmp_path / "flow", tmp_path / "voice"):
         stage = flow_stage(init_from=str(source))
