@@ -219,7 +219,7 @@ class DNSMOS:
             raise UserError(f"DNSMOS needs {folder / missing[0]}; copy it from the repository of the DNS challenge")
         try:
             import librosa  # noqa: F401  # pyright: ignore[reportMissingImports]
-            import onnxruntime  # noqa: F401
+            import onnxruntime  # noqa: F401  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(f"DNSMOS: {error}; pip install 'lightning-echat[quality]'") from error
         self._folder = folder
