@@ -76,6 +76,25 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChatAnswer:
+    """What a server answered.
+
+    Attributes:
+        text: Its words; empty where it said nothing.
+        cut: It was cut at the length that was asked for, by what the server says.
+    """
+
+    text: str
+    cut: bool = False
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> ChatAnswer:
+        """The first choice of a completion."""
+        choice = raw["choices"][0]
+        return cls(text=choice["message"]["content"] or "", cut=choice.get("finish_reason") == "length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
     """One question.
 
@@ -133,7 +152,7 @@ class ChatEndpoint:
         self.config = config
         self.record = record
         self.facts = dict(facts)
-        self.known: dict[str, str] = _read_record(record)
+        self.known: dict[str, ChatAnswer] = _read_record(record)
         self.attempts = 0
         self.tokens = 0
         self._lock = threading.Lock()
@@ -142,7 +161,7 @@ class ChatEndpoint:
         self._not_before = 0.0
         self._refusal = ""
 
-    def answers(self, questions: Sequence[ChatRequest]) -> list[str]:
+    def answers(self, questions: Sequence[ChatRequest]) -> list[ChatAnswer]:
         """The answer to every question, asked or recorded.
 
         Raises:
@@ -305,9 +324,9 @@ class ChatEndpoint:
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if outcome.raw is not None:
-            reply = outcome.raw["choices"][0]["message"]["content"] or ""
-            line |= {"reply": reply, "raw": outcome.raw}
-            self.known[question.hash] = reply
+            answer = ChatAnswer.of(outcome.raw)
+            line |= {"reply": answer.text, "raw": outcome.raw}
+            self.known[question.hash] = answer
         record.write(json.dumps(line, ensure_ascii=False) + "\n")
         record.flush()
         if outcome.failed == "refused":
@@ -328,7 +347,7 @@ class ChatEndpoint:
         raise UserError(f"{where} does not answer ({reasons or 'stopped'}); {kept}, run again to go on")
 
 
-def _read_record(path: Path) -> dict[str, str]:
+def _read_record(path: Path) -> dict[str, ChatAnswer]:
     """Request hash -> answer. A line that a kill tore is asked again."""
     if not path.is_file():
         return {}
@@ -339,7 +358,7 @@ def _read_record(path: Path) -> dict[str, str]:
         except json.JSONDecodeError:
             continue
         if "reply" in row:
-            known[row["request"]] = row["reply"]
+            known[row["request"]] = ChatAnswer.of(row["raw"])
     return known
 
 

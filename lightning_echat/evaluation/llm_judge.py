@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lightning_echat.contracts import UserError
-from lightning_echat.evaluation.chat_endpoint import ChatEndpoint, ChatRequest, EndpointConfig
+from lightning_echat.evaluation.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, EndpointConfig
 from lightning_echat.evaluation.judging import JudgedReply, JudgeScore
 from lightning_echat.evaluation.llm_rubric import DEFAULT_LLM_RUBRIC, load_llm_rubric, mean_scores
 from lightning_echat.evaluation.reply_emotion import hear_replies, make_recogniser
@@ -28,6 +30,8 @@ class LLMJudge:
         rubric: Name of a rubric that comes with the package, or a YAML file.
         n: Answers asked for each reply; their mean counts.
         response_format: What the server is asked to hold its answer to; `none` for servers that know neither.
+        request: Further keys of every request, for what servers differ in; null takes a key away:
+            {max_tokens: null, max_completion_tokens: 2000}, {chat_template_kwargs: {enable_thinking: false}}.
         reply_emotion: Who hears the emotion of spoken replies: none, understanding, hf, or a class path.
         reply_emotion_args: Arguments of that recogniser.
         api_key_env: Environment variable with the key, which is never stored.
@@ -49,6 +53,7 @@ class LLMJudge:
         rubric: str = DEFAULT_LLM_RUBRIC,
         n: int = 1,
         response_format: Literal["json_object", "json_schema", "none"] = "json_object",
+        request: dict[str, Any] | None = None,
         reply_emotion: str = "none",
         reply_emotion_args: dict[str, Any] | None = None,
         api_key_env: str = "OPENAI_API_KEY",
@@ -66,6 +71,7 @@ class LLMJudge:
         self.rubric = load_llm_rubric(rubric)
         self.n = n
         self.response_format = response_format
+        self.request = request or {}
         self.recogniser = make_recogniser(reply_emotion, reply_emotion_args)
         self.endpoint = EndpointConfig(
             base_url=base_url,
@@ -86,6 +92,8 @@ class LLMJudge:
     def name(self) -> str:
         """Rubric, model and everything else that can change a score."""
         parts = ["llm", self.rubric.identifier, self.endpoint.model, f"t{self.endpoint.temperature:g}", f"n{self.n}"]
+        if self.request:
+            parts.append(hashlib.sha256(json.dumps(self.request, sort_keys=True).encode()).hexdigest()[:8])
         hears = f"hears {self.recogniser.name}" if self.recogniser else "hears nothing"
         return "/".join([*parts, hears])
 
@@ -100,12 +108,18 @@ class LLMJudge:
             for sample in range(self.n)
         ]
         answers = self._endpoint_for(folder).answers(questions)
-        read = [self.rubric.read(answer, with_voice=self.recogniser is not None) for answer in answers]
-        if unread := sum(scores is None for scores in read):
-            line = f"{self.name}: {unread} of {len(read)} answers could not be read; they count for nothing"
-            Console().print(line, highlight=False, soft_wrap=True)
+        read = [self.rubric.read(answer.text, with_voice=self.recogniser is not None) for answer in answers]
+        if unread := [answer for answer, scores in zip(answers, read, strict=True) if scores is None]:
+            self._tell_unread(unread, of=len(read), folder=folder)
         groups = [read[start : start + self.n] for start in range(0, len(read), self.n)]
         return [self._score(said, group) for said, group in zip(replies, groups, strict=True)]
+
+    def _tell_unread(self, unread: Sequence[ChatAnswer], *, of: int, folder: Path) -> None:
+        cut = sum(answer.cut for answer in unread)
+        why = f", {cut} of them cut at {self.endpoint.max_reply_tokens} tokens (max_reply_tokens)" if cut else ""
+        where = judge_folder(folder, self.name) / REQUESTS
+        line = f"{self.name}: {len(unread)} of {of} answers could not be read{why}; they count for nothing: {where}"
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _endpoint_for(self, folder: Path) -> ChatEndpoint:
         """One for each folder, so that its budget and record hold over all files of answers."""
@@ -135,6 +149,7 @@ class LLMJudge:
             body["response_format"] = {"type": "json_schema", "json_schema": {**schema, "strict": True}}
         elif self.response_format == "json_object":
             body["response_format"] = {"type": "json_object"}
+        body = {name: value for name, value in {**body, **self.request}.items() if value is not None}
         return ChatRequest(key=said.key, body=body, sample=sample)
 
     def _score(self, said: JudgedReply, samples: Sequence[dict[str, float] | None]) -> JudgeScore | None:

@@ -249,9 +249,8 @@ def test_controls_stand_in_the_same_table_and_what_is_skipped_is_counted(tmp_pat
     assert report["items_skipped"]["neutral_voice"] == {}
     assert set(report["understanding"]["by_source"]) == {"held-out voices", "unseen voice types"}
     shuffled = read_records(tmp_path / "evaluation" / "shuffled_audio.jsonl")
-    assert {record.item.key: record.heard_key for record in shuffled} == {
-        "item-0": "item-2", "item-1": "item-3", "item-3": "item-0", "item-4": "item-1",
-    }  # fmt: skip
+    assert all(record.heard_key not in ("", record.item.key, "item-4") for record in shuffled)
+    assert len({record.heard_key for record in shuffled}) == 4
     oracle = read_records(tmp_path / "evaluation" / "label_oracle.jsonl")
     for record in oracle:
         assert record.text.startswith(f"<think>words: {record.item.transcript} ; age: <old> ; gender: <male>")
