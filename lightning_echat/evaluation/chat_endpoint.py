@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -32,6 +33,12 @@ _LONGEST_WAIT = 600.0
 """Seconds that a server may ask to wait; one that asks for more is out for this run."""
 _CONNECT_SECONDS = 10.0
 _MESSAGE = 200
+_HINTS = {
+    "HTTP 400": "; keys of requests are added and taken away by the judge's argument request",
+    "HTTP 401": "; is {key} set and right?",
+    "HTTP 403": "; is {key} set and right?",
+    "HTTP 404": "; base_url goes up to /v1, and model is the server's name for it",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,13 +187,17 @@ class ChatEndpoint:
         done = 0
         with self.record.open("a", encoding="utf-8") as record, Progress(transient=True) as progress:
             task = progress.add_task(f"{self.config.model}", total=len(missing))
-            for question, outcome in self._outcomes(missing):
-                self._note(record, question, outcome)
-                progress.advance(task)
-                if outcome.raw is not None:
-                    done += 1
-                else:
-                    failures[outcome.failed] += 1
+            try:
+                for question, outcome in self._outcomes(missing):
+                    self._note(record, question, outcome)
+                    progress.advance(task)
+                    if outcome.raw is not None:
+                        done += 1
+                    else:
+                        failures[outcome.failed] += 1
+            except KeyboardInterrupt:
+                sys.stderr.write(f"\nstopped; {self._kept(done, len(missing))}; the same command goes on\n")
+                raise
         if done < len(missing):
             self._explain(failures, done=done, total=len(missing))
 
@@ -332,13 +343,15 @@ class ChatEndpoint:
         if outcome.failed == "refused":
             self._refusal = outcome.errors[-1]
 
+    def _kept(self, done: int, total: int) -> str:
+        return f"{done} of {total} answers came and are kept in {self.record}"
+
     def _explain(self, failures: Counter[str], *, done: int, total: int) -> None:
         """Raise the one line that says why answers are missing, and what has been kept."""
         where = f"{self.config.model} at {self.config.base_url}"
-        kept = f"{done} of {total} answers came and are kept in {self.record}"
+        kept = self._kept(done, total)
         if "refused" in failures:
-            locked = self._refusal.startswith(("HTTP 401", "HTTP 403"))
-            hint = f"; is {self.config.api_key_env} set and right?" if locked else ""
+            hint = _HINTS.get(self._refusal[:8], "").format(key=self.config.api_key_env)
             raise UserError(f"{where} refuses: {self._refusal}{hint}; {kept}")
         if "budget" in failures:
             spent = f"{self.attempts} requests and {self.tokens} tokens"

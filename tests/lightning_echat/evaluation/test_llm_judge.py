@@ -253,3 +253,31 @@ def test_keys_that_a_server_wants_are_sent_and_named_and_others_are_left_out(tmp
         asking.score_all(replies(1), folder=tmp_path)
         assert asking.name != judge(server).name
     assert "max_tokens" not in server.bodies[0] and server.bodies[0]["max_completion_tokens"] == 99
+
+
+@pytest.mark.parametrize(("status", "hint"), [(400, "argument request"), (403, "OPENAI_API_KEY"), (404, "up to /v1")])
+def test_a_refusal_says_what_may_be_wrong(tmp_path, status, hint):
+    with ChatServer(then=refuses(status, "no")) as server, pytest.raises(UserError, match=hint):
+        judge(server).score_all(replies(1), folder=tmp_path)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, capsys):
+    """Noting the third answer is interrupted, as by a user; the two before are not asked again."""
+    with ChatServer(then=says(GOOD)) as server:
+        asking = judge(server, concurrency=1)
+        endpoint = asking._endpoint_for(tmp_path)
+        note, noted = endpoint._note, []
+
+        def interrupted(*arguments):
+            if len(noted) == 2:
+                raise KeyboardInterrupt
+            noted.append(arguments)
+            note(*arguments)
+
+        endpoint._note = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            asking.score_all(replies(9), folder=tmp_path)
+        assert "stopped; 2 of 9 answers came and are kept in" in capsys.readouterr().err
+        before = len(server.bodies)
+        assert all(judge(server).score_all(replies(9), folder=tmp_path))
+        assert len(server.bodies) - before == 7
