@@ -8,7 +8,6 @@ Plain HTTP by requests: one POST is all that is used, and retries, budget and re
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import json
 import os
 import random
@@ -26,6 +25,7 @@ import requests
 from rich.progress import Progress
 
 from lightning_echat.contracts import UserError
+from lightning_echat.evaluation.chat_record import ChatAnswer, ChatRequest, end_torn_line, read_answers
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_BACK_OFF = 60.0
@@ -82,50 +82,6 @@ class EndpointConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be more than 0")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatAnswer:
-    """What a server answered.
-
-    Attributes:
-        text: Its words; empty where it said nothing.
-        cut: It was cut at the length that was asked for, by what the server says.
-    """
-
-    text: str
-    cut: bool = False
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> ChatAnswer:
-        """The first choice of a completion."""
-        choice = raw["choices"][0]
-        return cls(text=choice["message"]["content"] or "", cut=choice.get("finish_reason") == "length")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
-    """One question.
-
-    Attributes:
-        key: Names it in the record, for people.
-        body: What is sent.
-        sample: Number among repetitions of the same question, which is not sent.
-    """
-
-    key: str
-    body: Mapping[str, Any]
-    sample: int = 0
-
-    @property
-    def hash(self) -> str:
-        """Of everything that decides the answer."""
-        return hashlib.sha256(json.dumps([self.body, self.sample], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def prompt_hash(self) -> str:
-        """Of the messages alone."""
-        return hashlib.sha256(json.dumps(self.body["messages"], sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(slots=True, kw_only=True)
 class _Outcome:
     """What became of one request: an answer, or the reason why there is none; and every failed attempt."""
@@ -159,7 +115,7 @@ class ChatEndpoint:
         self.config = config
         self.record = record
         self.facts = dict(facts)
-        self.known: dict[str, ChatAnswer] = _read_record(record)
+        self.known: dict[str, ChatAnswer] = read_answers(record)
         self.attempts = 0
         self.tokens = 0
         self._lock = threading.Lock()
@@ -182,7 +138,7 @@ class ChatEndpoint:
     def _ask(self, missing: list[ChatRequest]) -> None:
         self._stopping.clear()
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        _end_torn_line(self.record)
+        end_torn_line(self.record)
         failures: Counter[str] = Counter()
         done = 0
         with self.record.open("a", encoding="utf-8") as record, Progress(transient=True) as progress:
@@ -358,29 +314,6 @@ class ChatEndpoint:
             raise UserError(f"{where}: the budget is spent ({spent}); {kept}, run again to go on")
         reasons = ", ".join(f"{count} {reason}" for reason, count in failures.most_common() if reason != "stopped")
         raise UserError(f"{where} does not answer ({reasons or 'stopped'}); {kept}, run again to go on")
-
-
-def _read_record(path: Path) -> dict[str, ChatAnswer]:
-    """Request hash -> answer. A line that a kill tore is asked again."""
-    if not path.is_file():
-        return {}
-    known = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line) if line else {}
-        except json.JSONDecodeError:
-            continue
-        if "reply" in row:
-            known[row["request"]] = ChatAnswer.of(row["raw"])
-    return known
-
-
-def _end_torn_line(path: Path) -> None:
-    if path.is_file() and (size := path.stat().st_size):
-        with path.open("rb+") as stream:
-            stream.seek(size - 1)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
 
 
 def _kind_of(error: requests.RequestException) -> str:

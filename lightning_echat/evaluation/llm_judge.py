@@ -11,7 +11,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from lightning_echat.contracts import UserError
-from lightning_echat.evaluation.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, EndpointConfig
+from lightning_echat.evaluation.chat_endpoint import ChatEndpoint, EndpointConfig
+from lightning_echat.evaluation.chat_record import ChatAnswer, ChatRequest
 from lightning_echat.evaluation.judging import JudgedReply, JudgeScore
 from lightning_echat.evaluation.llm_rubric import DEFAULT_LLM_RUBRIC, load_llm_rubric, mean_scores
 from lightning_echat.evaluation.reply_emotion import hear_replies, make_recogniser

@@ -15,6 +15,7 @@ from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord
 from lightning_echat.evaluation.report_plots import Series, draw_curves, draw_reliability, draw_scores
 from lightning_echat.evaluation.run_folder import RunFolder, read_run
+from lightning_echat.evaluation.summary import systems_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,7 +68,7 @@ def _page_content(run: RunFolder) -> dict[str, Any]:
     """Everything that the template shows."""
     report = run.report
     empathy = report.get("empathy") or {}
-    systems = {"model": empathy, **(empathy.get("controls") or {})} if empathy else {}
+    systems = systems_of(empathy) if empathy else {}
     return {
         "name": run.path.resolve().name,
         "report": report,

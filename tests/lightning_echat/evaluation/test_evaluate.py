@@ -248,6 +248,10 @@ def test_controls_stand_in_the_same_table_and_what_is_skipped_is_counted(tmp_pat
     assert report["items_skipped"]["dialogues"] == {"unreadable audio": 1}
     assert report["items_skipped"]["neutral_voice"] == {}
     assert set(report["understanding"]["by_source"]) == {"held-out voices", "unseen voice types"}
+    replies = report["empathy"]["by_source"]
+    assert {name: found["items_in_category"]["emotion"] for name, found in replies.items()} == {
+        "unseen voice types": 2, "held-out voices": 2,
+    }  # fmt: skip
     shuffled = read_records(tmp_path / "evaluation" / "shuffled_audio.jsonl")
     assert all(record.heard_key not in ("", record.item.key, "item-4") for record in shuffled)
     assert len({record.heard_key for record in shuffled}) == 4
@@ -323,7 +327,7 @@ def test_scoring_again_needs_no_model_and_keeps_the_other_judge(tmp_path, checkp
         score(tmp_path / "nowhere")
 
 
-def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, checkpoint, sets, speaking):
+def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, checkpoint, sets, speaking, capsys):
     evaluate(checkpoint, sets[:1], tmp_path / "a", questions=QUESTIONS)
     evaluate(checkpoint, [replace(sets[0], max_items=3)], tmp_path / "b", questions=QUESTIONS)
     path = tmp_path / "b" / "evaluation" / "scores" / "rubric_echat_en_v1" / "dialogues.jsonl"
@@ -333,6 +337,7 @@ def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, check
         row["score"]["by_category"] = {"gender": 40.0}
     path.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
     compare([tmp_path / "a", tmp_path / "b"], out=tmp_path / "compare.json")
+    assert "nan" not in (said := capsys.readouterr().out) and "no data" in said
     found = json.loads((tmp_path / "compare.json").read_text())["replies"]["gender"]
     assert (found["items"], found["only_in_one"]) == (3, 2)
     assert found["second"] == 40.0
