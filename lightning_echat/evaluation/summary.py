@@ -70,7 +70,7 @@ def summarize_empathy(
     controls: Mapping[str, Sequence[AnswerRecord]],
     seed: int,
 ) -> dict[str, Any]:
-    """Scores by category with intervals, also by source; the same of each control, with the difference, paired from it."""
+    """Scores by category with intervals, by source too; the same of each control, and the paired difference from it."""
     judge = _only_judge([*records, *(record for answers in controls.values() for record in answers)])
     summary = {"judge": judge, "items": len(records), **_category_scores(records, seed=seed)}
     sources = list(dict.fromkeys(record.item.source for record in records))

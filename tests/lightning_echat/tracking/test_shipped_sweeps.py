@@ -60,12 +60,17 @@ def checkout(tmp_path: Path, tokens: TokensConfig) -> Path:
         },
         model={
             "init_args": {
-                "tokens": {**asdict(tokens), "audio_strides": [1, 2, 2]},
+                "tokens": asdict(tokens),
                 "network": asdict(tiny_network_config()),
                 "decoding": {"max_text_ids": 8, "max_speech_ids": 8},
             }
         },
-        data={"init_args": {"num_workers": 0, "batching": {"tokens_per_batch": 2000, "pool": 8, "shuffle": 4}}},
+        data={
+            "init_args": {
+                "num_workers": 0,
+                "batching": {"tokens_per_batch": 2000, "max_ids": 700, "pool": 8, "shuffle": 4},
+            }
+        },
     )
     return tmp_path
 
