@@ -2,11 +2,13 @@
 
 import pickle
 from dataclasses import fields
+from unittest import mock
 
 import pytest
 import torch
 
 from lightning_echat.contracts import PackedBatch
+from lightning_echat.data import batch_memory
 from lightning_echat.data.batch_memory import HandedBatch, allocate
 from lightning_echat.data.loader import TrainingLoader
 from lightning_echat.testing import write_dummy_shards
@@ -62,6 +64,9 @@ def test_a_batch_of_tensors_from_elsewhere_is_not_handed_over_in_part(loader):
 
 
 def test_a_worker_process_hands_over_one_piece_of_shared_memory(loader):
+    # What is not shared to begin with would be copied on its way, which the receiver cannot tell.
+    with mock.patch.object(batch_memory, "get_worker_info", return_value=object()):
+        assert all(tensor.is_shared() for tensor in allocate(FIELDS).values() if tensor.numel())
     batch = next(iter(loader(1)))
     assert all(tensor.is_shared() for tensor in tensors(batch).values() if tensor.numel())
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors(batch).values()}) == 1
