@@ -297,13 +297,16 @@ def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -
     room = [config.max_ids] * num_rows
     enough = int(_PACKED_SLACK * config.max_ids)
     lengths = ids.tolist()
+    most = config.max_ids
     for place in np.argsort(_packed_distance(frames), kind="stable").tolist():
-        number = next((n for n, free in enumerate(room) if lengths[place] <= free), None)
-        if number is not None:
-            rows[number].append(place)
-            room[number] -= lengths[place]
-            if max(room) <= enough:
-                break
+        if lengths[place] > most:
+            continue
+        number = next(n for n, free in enumerate(room) if lengths[place] <= free)
+        rows[number].append(place)
+        room[number] -= lengths[place]
+        most = max(room)
+        if most <= enough:
+            break
     return [row for row in rows if row]
 
 
