@@ -261,7 +261,7 @@ def test_a_refusal_says_what_may_be_wrong(tmp_path, status, hint):
         judge(server).score_all(replies(1), folder=tmp_path)
 
 
-def test_ctrl_c_says_what_is_kept(tmp_path, capsys):
+def test_ctrl_c_says_what_is_kept(tmp_path, capsys, monkeypatch):
     """Noting the third answer is interrupted, as by a user; the two before are not asked again."""
     with ChatServer(then=says(GOOD)) as server:
         asking = judge(server, concurrency=1)
@@ -274,7 +274,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path, capsys):
             noted.append(arguments)
             note(*arguments)
 
-        endpoint._note = interrupted
+        monkeypatch.setattr(endpoint, "_note", interrupted)
         with pytest.raises(KeyboardInterrupt):
             asking.score_all(replies(9), folder=tmp_path)
         assert "stopped; 2 of 9 answers came and are kept in" in capsys.readouterr().err
