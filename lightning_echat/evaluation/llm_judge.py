@@ -103,6 +103,7 @@ class LLMJudge:
         heard = [None] * len(replies)
         if self.recogniser is not None:
             heard = hear_replies([said.reply_audio for said in replies], self.recogniser, folder=folder)
+            self._tell_unheard(replies, heard)
         questions = [
             self._request(said, emotion, sample)
             for said, emotion in zip(replies, heard, strict=True)
@@ -114,6 +115,19 @@ class LLMJudge:
             self._tell_unread(unread, of=len(read), folder=folder)
         groups = [read[start : start + self.n] for start in range(0, len(read), self.n)]
         return [self._score(said, group) for said, group in zip(replies, groups, strict=True)]
+
+    def _tell_unheard(self, replies: Sequence[JudgedReply], heard: Sequence[str | None]) -> None:
+        """Of a reply without sound the judge is told so, and scores its voice all the same."""
+        silent = sum(said.reply_audio is None for said in replies)
+        unnamed = sum(emotion is None for emotion in heard) - silent
+        counts = {
+            "have no stored sound (questions.audio_items, questions.control_speech)": silent,
+            "had no emotion that could be named": unnamed,
+        }
+        for what, count in counts.items():
+            if count:
+                line = f"{count} of {len(replies)} replies {what}: the judge is told that nothing could be heard"
+                Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _tell_unread(self, unread: Sequence[ChatAnswer], *, of: int, folder: Path) -> None:
         cut = sum(answer.cut for answer in unread)

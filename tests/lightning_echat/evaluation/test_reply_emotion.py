@@ -46,13 +46,14 @@ def judged(run: Path, **arguments: Any) -> tuple[list[str], dict[str, Any]]:
 
 
 def test_what_a_classifier_hears_in_the_replies_reaches_the_judge_and_its_score_of_the_voice_is_stored(
-    run: Path, tmp_path: Path
+    run: Path, tmp_path: Path, capsys
 ) -> None:
     model = save_emotion_model(tmp_path / "emotions")
     (model / "labels.json").write_text(json.dumps({"ANGRY": "angry"}))
     prompts, report = judged(run, reply_emotion="hf", reply_emotion_args={"model": str(model)})
     assert ['emotion heard in the reply\'s voice: "angry"' in prompt for prompt in prompts] == [True, True, False]
     assert "nothing could be heard" in prompts[2]
+    assert "1 of 3 replies have no stored sound" in capsys.readouterr().out
     name = report["empathy"]["judge"]
     assert "/hears hf-emotions-" in name and str(tmp_path) not in name
     assert report["empathy"]["dimensions"]["voice"][0] == 50.0
