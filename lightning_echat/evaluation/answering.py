@@ -137,10 +137,13 @@ class Answerer:
 
     def controls(self, entry: EvaluationSet) -> dict[ControlName, str]:
         """Answers of every control that can be asked; control -> why it was left out, for those that cannot."""
-        first = next(iter(read_item_set(replace(entry, max_items=1), counter=SkipCounter())))
         left_out: dict[ControlName, str] = {}
+        # Not every item need bring a neutral voice; usually the first one does, and no more is read.
+        has_neutral = "neutral_voice" in self.config.controls and any(
+            posed.neutral_audio is not None for posed in read_item_set(entry, counter=SkipCounter())
+        )
         for control in self.config.controls:
-            why = why_left_out(control, task=self.config.spoken_task, has_neutral=first.neutral_audio is not None)
+            why = why_left_out(control, task=self.config.spoken_task, has_neutral=has_neutral)
             if why:
                 left_out[control] = why
                 continue

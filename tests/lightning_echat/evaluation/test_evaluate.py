@@ -284,6 +284,19 @@ def test_neutral_voices_are_what_the_control_hears(tmp_path, checkpoint, own_ite
     assert understanding == dialogue == oracle != neutral
 
 
+def test_the_neutral_voice_is_asked_where_only_some_items_bring_one(tmp_path, checkpoint, own_items):
+    path = Path(own_items[0].shards[0])
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:4]]
+    del rows[0]["neutral_audio"]
+    some = path.with_name("some.jsonl")
+    some.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = replace(CONTROLS, batch=4, controls=("neutral_voice",))
+    evaluate(checkpoint, [EvaluationSet(name="some", shards=[str(some)])], tmp_path, questions=asked)
+    report = report_of(tmp_path)
+    assert report["empathy"]["controls"]["neutral_voice"]["items"] == 3
+    assert report["items_skipped"]["neutral_voice"] == {"no neutral voice": 1}
+
+
 def test_a_control_that_cannot_be_asked_is_left_out_and_says_why(tmp_path, checkpoint, sets):
     evaluate(checkpoint, sets[:1], tmp_path, questions=replace(CONTROLS, thinking="none"))
     empathy = report_of(tmp_path)["empathy"]
