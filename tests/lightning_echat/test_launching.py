@@ -255,6 +255,8 @@ def test_a_host_that_is_cut_off_and_comes_back_trains_on_as_if_nothing_had_been(
         gave_up = ("waited in vain", "was left alone")
         logged = lambda: [log.read_text() for log in logs.values()]  # noqa: E731
         until(lambda: all(any(say in log for say in gave_up) for log in logged()), within=90, else_say=said)
+        ip("-n echatB link set echatB0 up")
+        until(lambda: all(run.poll() is not None for run in runs), within=240, else_say=said)
     finally:
         for run in runs:
             if run.poll() is None:
