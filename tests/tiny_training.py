@@ -217,19 +217,6 @@ class KillOnce(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class TermOnce(Callback):
-    """Each rank is told to stop in its second step, the first time that a run gets there."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        mark = self.mark.with_name(f"{self.mark.name}{trainer.global_rank}")
-        if trainer.global_step == 1 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 class WaitOnce(Callback):
     """The first time that a run comes to its third step, says so with a file and waits until that is gone."""
 
