@@ -311,15 +311,20 @@ def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
     return strategy if isinstance(strategy, ShardedStrategy) else None
 
 
-def first_rank_of_group(trainer: Trainer) -> int:
-    """The lowest rank that has the same batches as this one: itself, but for tensor parallelism."""
-    strategy = sharded(trainer)
-    return trainer.global_rank - (strategy.group.get_local_rank() if strategy is not None else 0)
-
-
 def first_of_group(trainer: Trainer) -> bool:
     """Whether no rank of a lower number has the same batches: what ranks add up is counted by those only."""
-    return first_rank_of_group(trainer) == trainer.global_rank
+    return trainer.global_rank % _group_size(trainer) == 0
+
+
+def data_share(trainer: Trainer) -> tuple[int, int]:
+    """Which share of the data this rank computes, and of how many: the ranks of a group compute the same one."""
+    size = _group_size(trainer)
+    return trainer.global_rank // size, trainer.world_size // size
+
+
+def _group_size(trainer: Trainer) -> int:
+    strategy = sharded(trainer)
+    return 1 if strategy is None else strategy.tensor_parallel
 
 
 def check_same_batch(trainer: Trainer | None, batch: PackedBatch) -> None:

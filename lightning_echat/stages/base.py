@@ -27,7 +27,7 @@ from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
-from lightning_echat.parallel import check_same_batch, compile_blocks, first_rank_of_group, reshard, sharded
+from lightning_echat.parallel import check_same_batch, compile_blocks, data_share, reshard, sharded
 from lightning_echat.stages.resuming import random_state, recount_batches, set_random_state
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
@@ -284,19 +284,20 @@ class EChatStage(L.LightningModule):
         """Store what is needed to build the network again, as plain values."""
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
-        checkpoint["random_states"] = gathered(random_state())
+        # Of each share of the data: ranks that compute a batch together drop the same of it.
+        _, shares = data_share(self.trainer)
+        checkpoint["random_states"] = gathered(random_state())[:: self.trainer.world_size // shares]
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
+        """Keep the share's random state until training starts, as what comes before draws too; begin a whole window."""
         recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
         states = checkpoint.get("random_states", [])
-        # Ranks that compute a batch together drop the same of it, also where each had a batch of its own before.
-        first = first_rank_of_group(self.trainer)
-        self._random_state = states[first] if len(states) == self.trainer.world_size else None
+        share, shares = data_share(self.trainer)
+        self._random_state = states[share] if len(states) == shares else None
 
     def _restore_random_state(self) -> None:
-        """Go on drawing dropout as the run would have, where the number of ranks is the same."""
+        """Go on drawing dropout as the run would have, where the data is dealt out in as many shares."""
         if self._random_state is not None:
             set_random_state(self._random_state, self.device)
             self._random_state = None

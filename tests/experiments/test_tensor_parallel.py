@@ -48,6 +48,10 @@ class BothShares(SpokenDialogueDataModule):
     def val_dataloader(self) -> list[Any]:
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        """It is not gone on with."""
+        return {}
+
 
 class _InTurn(Iterable[PackedBatch]):
     def __init__(self, loaders: list[Any]) -> None:
