@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.sharded_training import (
 )
 from tests.tiny_training import batches_of, make_stage, make_trainer, recorded, train
 
+SOON = timedelta(seconds=1)
 CASES = {
     "DDP": Case(sharding=None),
     "FSDP": Case(),
@@ -135,7 +137,7 @@ def test_replicas_of_groups_are_refused(tmp_path, tokens):
 
 
 def test_a_group_over_nodes_is_refused(tmp_path, tokens):
-    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(tensor_parallel=2), devices=1, num_nodes=2)
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy(tensor_parallel=2, timeout=SOON), devices=1, num_nodes=2)
     with pytest.raises(UserError, match="does not divide the 1 processes of a node"):
         trainer.strategy.setup_environment()
 
