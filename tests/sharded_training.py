@@ -157,6 +157,7 @@ def train_part(
     strategy: ShardedStrategy | None,
     ckpt_path: Path | None = None,
     network: NetworkConfig | None = None,
+    callbacks: tuple[Callback, ...] = (),
 ) -> None:
     """Two steps with saving, or the second of them from a checkpoint of the first."""
     micro, whole = batches_of(DialogueTokenizer.from_config(tokens))
@@ -166,6 +167,7 @@ def train_part(
         make_stage(tokens, optimizer=ADAM, network=network),
         micro if strategy else whole,
         folder,
+        *callbacks,
         *([] if ckpt_path else [saving(folder / "checkpoints")]),
         first=accumulate if ckpt_path else 0,
         ckpt_path=ckpt_path,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -114,11 +115,18 @@ def test_ranks_that_should_compute_together_and_read_different_batches_are_stopp
     run_on_ranks(train_on_different_batches, tokens, tmp_path)
 
 
+class DrawMore(Callback):
+    """A rank draws more random numbers than the one before, as GPUs do for more ids."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        torch.rand(trainer.global_rank)
+
+
 def go_on_together(tokens: TokensConfig, folder: Path) -> None:
     """After a step in which each rank had batches of its own, and dropped of them."""
     tiny = tiny_network_config()
     network = replace(tiny, adapter=replace(tiny.adapter, dropout=0.3))
-    train_part(tokens, folder / "fsdp", world=2, strategy=sharding(), network=network)
+    train_part(tokens, folder / "fsdp", world=2, strategy=sharding(), network=network, callbacks=(DrawMore(),))
     step_1 = folder / "fsdp" / "checkpoints" / "epoch=0-step=1.ckpt"
     together = sharding(tensor_parallel=2)
     train_part(tokens, folder / "tp", world=2, strategy=together, ckpt_path=step_1, network=network)
@@ -129,6 +137,7 @@ def test_ranks_that_go_on_together_drop_the_same(tmp_path, tokens):
     run_on_ranks(go_on_together, tokens, tmp_path)
     apart, together = ([torch.load(tmp_path / how / f"rank{n}.pt") for n in (0, 1)] for how in ("fsdp", "tp"))
     assert apart[0]["losses"] != apart[1]["losses"]
+    assert len(together[0]["losses"]) == 4
     assert together[0]["losses"] == together[1]["losses"]
 
 
