@@ -156,7 +156,6 @@ def train_part(
     world: int,
     strategy: ShardedStrategy | None,
     ckpt_path: Path | None = None,
-    network: NetworkConfig | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> None:
     """Two steps with saving, or the second of them from a checkpoint of the first."""
@@ -164,7 +163,7 @@ def train_part(
     accumulate = 4 * strategy.tensor_parallel // world if strategy else 1
     spread: dict[str, Any] = {"strategy": strategy, "devices": world} if strategy else {"devices": 1}
     train(
-        make_stage(tokens, optimizer=ADAM, network=network),
+        make_stage(tokens, optimizer=ADAM),
         micro if strategy else whole,
         folder,
         *callbacks,
