@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint import filesystem
 
 from lightning_echat.command_errors import explain_lost_rank
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.sharded_files import REST
 from lightning_echat.nn.weights import latest_checkpoint, load_trained
 from lightning_echat.parallel import ShardedStrategy
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
@@ -65,11 +67,16 @@ class FullDisk(Callback):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         elif self.how == "rest":
-            saver: Any = torch
-            saver.save = no_space
+            torch.save = partial(save_but, REST)
         else:
             patched: Any = filesystem
             patched._write_item = no_space
+
+
+def save_but(name: str, content: Any, target: Any, *args: Any, _save: Any = torch.save, **options: Any) -> None:
+    if isinstance(target, Path) and target.name == name:
+        no_space()
+    _save(content, target, *args, **options)
 
 
 def no_space(*_: Any, **__: Any) -> None:
