@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.stage_checkpoint import StageCheckpoint
+from lightning_echat import parallel
 from lightning_echat.checkpoints.consolidate import consolidate
 from lightning_echat.contracts import UserError
 from lightning_echat.nn.sharded_files import is_sharded, read_sharded
@@ -116,6 +118,23 @@ def test_what_is_not_whole_is_passed_over_and_what_is_broken_is_named(tmp_path, 
     (whole / "__1_0.distcp").unlink()
     with pytest.raises(UserError, match=r"lacks __1_0\.distcp"):
         load_trained(tmp_path)
+
+
+def go_on_from_what_one_rank_cannot_see(tokens: TokensConfig, folder: Path, ckpt_path: Path) -> None:
+    if os.environ["RANK"] == "1":
+        parallel.check_sharded = not_there
+    with pytest.raises(UserError, match=r"cannot load checkpoint .*rank 1: no folder there"):
+        train_sharded(tokens, folder, 2, ckpt_path)
+
+
+def not_there(path: Path) -> None:
+    raise UserError("no folder there")
+
+
+def test_a_checkpoint_that_one_rank_cannot_see_ends_all_with_the_same_line(tmp_path, two, tokens):
+    """As where a node has not mounted it: the others would begin to read, and wait for that rank."""
+    step_1 = two / "two" / "checkpoints" / "epoch=0-step=1.ckpt"
+    run_on_ranks(go_on_from_what_one_rank_cannot_see, tokens, tmp_path, step_1)
 
 
 def test_an_index_that_would_run_something_is_refused(tmp_path):
