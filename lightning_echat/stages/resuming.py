@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
         # Lightning tells by it that the checkpoint was written when a step was over, but not yet what follows one.
         after_step = not broken_off and counts["completed"] == counts["processed"] - 1
         counts.update(ready=batches, started=batches, processed=batches, completed=batches - after_step)
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Have torch's generators on this rank go on from a state of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def random_state() -> dict[str, Tensor]:
