@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_echat.contracts import GeneratedReply, PackedBatch, UserError
 from lightning_echat.parallel import first_of_group
+from lightning_echat.stages.evaluated_sets import set_keys
 from lightning_echat.tokens.prompts import PromptSet
 
 
@@ -39,11 +40,35 @@ def answering_stage(pl_module: LightningModule, *, callback: object) -> Answerin
     return cast(AnsweringStage, pl_module)
 
 
-class AnswerMetrics(Callback):
-    """Base of callbacks that measure the answers to the first batches of every validation set.
+class ValidationCallback(Callback):
+    """Base of callbacks that look at validation sets: in `echat test` they do the same with its sets."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: PackedBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As in validation."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end(trainer, pl_module)
+
+
+class AnswerMetrics(ValidationCallback):
+    """Base of callbacks that measure the answers to the first batches of every validation set, or to every test set.
 
     Args:
-        max_batches: Batches of each set, on each rank, that are answered.
+        max_batches: Batches of each validation set, on each rank, that are answered. A test set is answered whole.
     """
 
     def __init__(self, *, max_batches: int) -> None:
@@ -66,28 +91,28 @@ class AnswerMetrics(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Answer the batch and add the answers. Every rank answers, as generation may be collective."""
-        if trainer.sanity_checking or batch_idx >= self.max_batches or not self._due():
+        enough = batch_idx >= self.max_batches and not trainer.testing
+        if trainer.sanity_checking or enough or not self._due():
             return
         stage = answering_stage(pl_module, callback=self)
         replies = stage.answers(batch)
         if first_of_group(trainer):
-            self._add(stage, replies, set_name=validation_names(trainer)[dataloader_idx])
+            self._add(stage, replies, key=named_sets(trainer)[dataloader_idx])
 
     def _due(self) -> bool:
         """Whether this validation is measured: the same on every rank."""
         return True
 
-    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
-        """Add the answers to a batch to what is measured of its set."""
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, key: str) -> None:
+        """Add the answers to a batch to what is measured of its set, whose figures begin with `key`."""
         raise NotImplementedError
 
 
-def validation_names(trainer: Trainer) -> list[str]:
-    """The validation sets in dataloader order, the same on every rank."""
-    names = getattr(getattr(trainer, "datamodule", None), "validation_names", None)
-    if not names:
-        raise UserError("validation metrics are named after sets; use a datamodule that lists validation_names")
-    return list(names)
+def named_sets(trainer: Trainer) -> list[str]:
+    """See `set_keys`; refuses a datamodule that names none."""
+    if not (keys := set_keys(trainer)):
+        raise UserError("metrics are named after sets; use a datamodule that lists validation_names")
+    return keys
 
 
 def log_validation(pl_module: LightningModule, values: Mapping[str, float]) -> None:

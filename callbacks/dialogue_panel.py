@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from callbacks.answering import answering_stage, validation_names
+from callbacks.answering import ValidationCallback, answering_stage, named_sets
 from lightning_echat.contracts import SAMPLE_RATE, GeneratedReply, PackedBatch, SampleRejected, UserError
 from lightning_echat.data.query_audio import read_query_audio
 from lightning_echat.evaluation.rubric import DEFAULT_RUBRIC, RubricJudge
@@ -41,7 +41,7 @@ COLUMNS = [
 ]
 
 
-class DialoguePanel(Callback):
+class DialoguePanel(ValidationCallback):
     """Logs the first dialogues of every validation set to W&B as a table `val/<set>/dialogues`.
 
     A row holds the query to listen to, its labels and words, what the model heard, its thinking, its reply in words and
@@ -99,18 +99,17 @@ class DialoguePanel(Callback):
         replies = stage.answers(batch)
         if trainer.is_global_zero and _wandb_loggers(trainer):
             fmt = stage.dialogue_tokenizer.prompt_set.thinking
-            set_name = validation_names(trainer)[dataloader_idx]
-            self._tables[set_name] = [self._row(reply, fmt) for reply in replies[: self.rows]]
+            key = named_sets(trainer)[dataloader_idx]
+            self._tables[key] = [self._row(reply, fmt) for reply in replies[: self.rows]]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the tables."""
         if trainer.sanity_checking:
             return
         self._validations += 1
-        for set_name, rows in self._tables.items():
+        for key, rows in self._tables.items():
             for logger in _wandb_loggers(trainer):
-                key = f"val/{set_name}/dialogues"
-                logger.log_table(key, columns=list(COLUMNS), data=rows, step=trainer.global_step)
+                logger.log_table(f"{key}/dialogues", columns=list(COLUMNS), data=rows, step=trainer.global_step)
         self._tables = {}
 
     def state_dict(self) -> dict[str, Any]:

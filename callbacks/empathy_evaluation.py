@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import SumMetric
 
-from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
+from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, named_sets
 from lightning_echat.contracts import GeneratedReply
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import JudgeScore
@@ -39,20 +39,20 @@ class EmpathyEvaluation(AnswerMetrics):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty. Every rank has every set's sums, whatever it will see of them."""
         if not trainer.sanity_checking:
-            self._sums = {name: _ScoreSums(pl_module.device) for name in validation_names(trainer)}
+            self._sums = {key: _ScoreSums(pl_module.device) for key in named_sets(trainer)}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the means over all ranks."""
         if trainer.sanity_checking:
             return
-        for set_name, sums in self._sums.items():
+        for key, sums in self._sums.items():
             values = sums.compute()
-            log_validation(pl_module, {f"val/{set_name}/empathy/{what}": value for what, value in values.items()})
+            log_validation(pl_module, {f"{key}/empathy/{what}": value for what, value in values.items()})
 
-    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, key: str) -> None:
         fmt = stage.dialogue_tokenizer.prompt_set.thinking
         judged = [self._judge(reply, fmt) for reply in replies if traits_of(reply.reference.task).converses]
-        self._sums[set_name].update([score for score in judged if not math.isnan(score.total)])
+        self._sums[key].update([score for score in judged if not math.isnan(score.total)])
 
     def _judge(self, reply: GeneratedReply, fmt: ThinkingFormat) -> JudgeScore:
         asked = reply.reference

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
+from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, named_sets
 from lightning_echat.contracts import GeneratedReply
 from lightning_echat.metrics import UNPARSED, UnderstandingMetrics, parse_answer
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
@@ -34,21 +34,21 @@ class ParalinguisticAccuracy(AnswerMetrics):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty. Every rank has every set's metrics, whatever it will see of them."""
         if not trainer.sanity_checking:
-            self._metrics = {name: UnderstandingMetrics(device=pl_module.device) for name in validation_names(trainer)}
+            self._metrics = {key: UnderstandingMetrics(device=pl_module.device) for key in named_sets(trainer)}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was added, over all ranks."""
         if trainer.sanity_checking:
             return
-        for set_name, metrics in self._metrics.items():
-            log_validation(pl_module, {f"val/{set_name}/{what}": value for what, value in metrics.compute().items()})
+        for key, metrics in self._metrics.items():
+            log_validation(pl_module, {f"{key}/{what}": value for what, value in metrics.compute().items()})
             for label_set, matrix in metrics.confusions().items():
-                _log_confusion(trainer, f"val/{set_name}/confusion/{label_set}", matrix, label_set)
+                _log_confusion(trainer, f"{key}/confusion/{label_set}", matrix, label_set)
 
-    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, key: str) -> None:
         fmt = stage.dialogue_tokenizer.prompt_set.thinking
         answers = [parse_answer(reply, fmt=fmt) for reply in replies]
-        self._metrics[set_name].update([reply.reference for reply in replies], answers)
+        self._metrics[key].update([reply.reference for reply in replies], answers)
 
 
 def _log_confusion(trainer: Trainer, key: str, matrix: Tensor, label_set: str) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, validation_names
+from callbacks.answering import AnsweringStage, AnswerMetrics, log_validation, named_sets
 from lightning_echat.collectives import gathered
 from lightning_echat.contracts import GeneratedReply, UserError
 from lightning_echat.evaluation.recognisers import (
@@ -112,7 +112,7 @@ class SpeechQuality(AnswerMetrics):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start empty. Every rank has every set, whatever it will see of it."""
-        self._heard = {name: [] for name in validation_names(trainer)}
+        self._heard = {key: [] for key in named_sets(trainer)}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the figures over all ranks, and this rank's audio where it is the first."""
@@ -122,11 +122,11 @@ class SpeechQuality(AnswerMetrics):
         self._validations += 1
         if not due:
             return
-        for set_name, own in self._heard.items():
+        for key, own in self._heard.items():
             values = _figures(_everyones(own), self._emotions)
-            log_validation(pl_module, {f"val/{set_name}/speech/{what}": value for what, value in values.items()})
+            log_validation(pl_module, {f"{key}/speech/{what}": value for what, value in values.items()})
             if trainer.is_global_zero:
-                self._log_audio(trainer, set_name, own)
+                self._log_audio(trainer, key, own)
         self._heard = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,9 +140,9 @@ class SpeechQuality(AnswerMetrics):
     def _due(self) -> bool:
         return self._validations % self.every_n_validations == 0
 
-    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, set_name: str) -> None:
+    def _add(self, stage: AnsweringStage, replies: list[GeneratedReply], *, key: str) -> None:
         spoken = [reply for reply in replies if traits_of(reply.reference.task).speaks]
-        heard = self._heard[set_name]
+        heard = self._heard[key]
         for reply in spoken[: self.replies - len(heard)]:
             heard.append(self._hear(reply, stage))
 
@@ -164,13 +164,13 @@ class SpeechQuality(AnswerMetrics):
             entry.emotions = self._emotions.distributions([entry.waveform], sample_rate=rate)[0].tolist()
         return entry
 
-    def _log_audio(self, trainer: Trainer, set_name: str, heard: list[_Heard]) -> None:
+    def _log_audio(self, trainer: Trainer, key: str, heard: list[_Heard]) -> None:
         assert self._voice is not None
         rate = self._voice.sample_rate
         rows = [entry.row(rate) for entry in heard if entry.waveform is not None][: self.audio]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and rows:
-                logger.log_table(f"val/{set_name}/spoken", columns=_COLUMNS, data=rows, step=trainer.global_step)
+                logger.log_table(f"{key}/spoken", columns=_COLUMNS, data=rows, step=trainer.global_step)
 
 
 def _everyones(own: list[_Heard]) -> list[_Heard]:

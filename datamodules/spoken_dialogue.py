@@ -1,4 +1,4 @@
-"""The LightningDataModule of every stage: a mixture of sources to train on, named sets to validate on."""
+"""The LightningDataModule of every stage: a mixture of sources to train on, named sets to validate and test on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.clip_features import make_log_mels
 from lightning_echat.data.dialogue_stream import ReadingConfig
-from lightning_echat.data.loader import TrainingLoader, ValidationLoader
+from lightning_echat.data.loader import PredictionBatches, TrainingLoader, ValidationLoader
 from lightning_echat.data.log_mel import LogMel
 from lightning_echat.data.mixture import MixtureUnit, SourceConfig, asked_shares, check_sources
 from lightning_echat.data.ranks import Ranks
@@ -47,6 +47,7 @@ class SpokenDialogueDataModule(LightningDataModule):
         root: str = "",
         train: list[SourceConfig] | None = None,
         validation: dict[str, SourceConfig] | None = None,
+        test: dict[str, SourceConfig] | None = None,
         mixture_by: MixtureUnit = "samples",
         batching: BatchingConfig | None = None,
         augmentation: AugmentationConfig | None = None,
@@ -65,6 +66,7 @@ class SpokenDialogueDataModule(LightningDataModule):
             root: Folder or URL that relative patterns of shards start from.
             train: Sources of the training mixture.
             validation: Name -> set, each with exactly one task; every dialogue is seen exactly once.
+            test: The same for `echat test` and `echat predict`; null for the validation sets.
             mixture_by: What the weights of sources and tasks share out: samples, or tokens, audio included.
             batching: Sizes of batches.
             augmentation: Altering of mels in training; null leaves them as they are.
@@ -80,6 +82,7 @@ class SpokenDialogueDataModule(LightningDataModule):
         self.tokens = tokens
         self.train = [_below(root, source) for source in train or []]
         self.validation = {name: _below(root, source) for name, source in (validation or {}).items()}
+        self.test = {name: _below(root, source) for name, source in (test or {}).items()} or self.validation
         self.mixture_by: MixtureUnit = mixture_by
         self.batching = batching or BatchingConfig()
         self.augmentation = augmentation
@@ -102,6 +105,11 @@ class SpokenDialogueDataModule(LightningDataModule):
     def validation_names(self) -> list[str]:
         """Names of the validation sets, in the order of Lightning's `dataloader_idx`."""
         return list(self.validation)
+
+    @property
+    def test_names(self) -> list[str]:
+        """Names of the sets of `echat test` and `echat predict`, in the order of `dataloader_idx`."""
+        return list(self.test)
 
     @property
     def asked_shares(self) -> dict[str, float]:
@@ -138,19 +146,22 @@ class SpokenDialogueDataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[ValidationLoader]:
         """One loader a validation set."""
+        return self._set_loaders(self.validation)
+
+    def test_dataloader(self) -> list[ValidationLoader]:
+        """One loader a test set: `echat test` is a validation that nothing was chosen by."""
+        return self._needed(self._set_loaders(self.test))
+
+    def predict_dataloader(self) -> list[PredictionBatches]:
+        """The test sets, to be answered."""
+        return [PredictionBatches(loader) for loader in self.test_dataloader()]
+
+    def _set_loaders(self, sets: dict[str, SourceConfig]) -> list[ValidationLoader]:
         self.validation_loaders = {}
-        for name, source in self.validation.items():
+        for name, source in sets.items():
             stream = ValidationStream(self._reading(), source=source, name=name)
             self.validation_loaders[name] = ValidationLoader(stream, num_workers=self.num_workers, pin_memory=_pins())
         return list(self.validation_loaders.values())
-
-    def test_dataloader(self) -> list[ValidationLoader]:
-        """The validation sets: `echat test` is a validation that nothing was chosen by."""
-        return self._needed(self.val_dataloader())
-
-    def predict_dataloader(self) -> list[ValidationLoader]:
-        """The validation sets, to be answered."""
-        return self._needed(self.val_dataloader())
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Remember where the data stands after a training batch; the batch needs it no more."""
@@ -198,7 +209,7 @@ class SpokenDialogueDataModule(LightningDataModule):
 
     def _needed(self, loaders: list[ValidationLoader]) -> list[ValidationLoader]:
         if not loaders:
-            raise UserError("data.validation names no set; give one to test or predict on")
+            raise UserError("data.test and data.validation name no set; give one to test or predict on")
         return loaders
 
     def _share(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_echat.command_errors import (
     ParseProblem,
@@ -61,7 +62,7 @@ class RunFolderConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         # What was trained stays readable when the run is scored later with other settings.
-        name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
+        name = "config.yaml" if stage == TrainerFn.FITTING else f"config_{TrainerFn(stage).value}.yaml"
         (folder / name).write_text(text, encoding="utf-8")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

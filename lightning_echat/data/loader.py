@@ -76,6 +76,17 @@ class ValidationLoader(WorkerLoader):
                 yield item
 
 
+class PredictionBatches:
+    """A loader's passes as an iterable of no other kind: to predict, Lightning would build any `DataLoader` anew."""
+
+    def __init__(self, loader: ValidationLoader) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """One pass over the set."""
+        return iter(self._loader)
+
+
 class TrainingLoader(WorkerLoader):
     """Training batches that carry the position after them; it goes on from any of those.
 

@@ -28,6 +28,7 @@ from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
 from lightning_echat.parallel import check_same_batch, compile_blocks, data_share, reshard, sharded
+from lightning_echat.stages.evaluated_sets import set_keys
 from lightning_echat.stages.resuming import random_state, recount_batches, set_random_state
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
@@ -167,17 +168,18 @@ class EChatStage(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """One running mean per validation set and kind of target, on every rank alike."""
-        names = self._validation_names()
         self._validation_losses = {
-            f"val/{name}/loss/{kind}": MeanTokenLoss().to(self.device) for name in names for kind in ("text", "speech")
+            f"{key}/loss/{kind}": MeanTokenLoss().to(self.device)
+            for key in self._set_keys()
+            for kind in ("text", "speech")
         }
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to its set's mean loss per supervised id."""
         loss = self._validate(batch)
-        name = self._validation_names()[dataloader_idx]
-        self._validation_losses[f"val/{name}/loss/text"].update(loss.text, loss.num_text)
-        self._validation_losses[f"val/{name}/loss/speech"].update(loss.speech, loss.num_speech)
+        key = self._set_keys()[dataloader_idx]
+        self._validation_losses[f"{key}/loss/text"].update(loss.text, loss.num_text)
+        self._validation_losses[f"{key}/loss/speech"].update(loss.speech, loss.num_speech)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, reduced over ranks; a kind of target that no batch held is left out."""
@@ -187,6 +189,22 @@ class EChatStage(L.LightningModule):
             if not torch.isnan(value):
                 # Every rank has the same value; without sync_dist Lightning warns that they might differ.
                 self.log(key, value, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        """As in validation: `test/<set>/loss/…` in place of `val/<set>/loss/…`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As in validation."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> list[GeneratedReply]:
+        """The model's answers to every dialogue of the batch, which `callbacks.prediction_writer` writes down."""
+        return self.answers(batch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradient by the supervised ids of all ranks and the whole accumulation window.
@@ -360,10 +378,9 @@ class EChatStage(L.LightningModule):
         mean = (loss.text + loss.speech).detach() / (loss.num_text + loss.num_speech).clamp_min(1)
         self.log("train/loss", mean, prog_bar=True, batch_size=1)
 
-    def _validation_names(self) -> list[str]:
-        """Names of the validation sets, from the datamodule where it gives them."""
-        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
-        return list(names) if names else [str(i) for i in range(8)]
+    def _set_keys(self) -> list[str]:
+        """See `set_keys`; numbers where the datamodule names no sets."""
+        return set_keys(self.trainer) or [f"{'test' if self.trainer.testing else 'val'}/{i}" for i in range(8)]
 
     def _parameter_groups(self) -> list[Any]:
         """What the optimizer is made of: parameters, or groups of them with settings of their own."""

@@ -118,16 +118,16 @@ class EmpathyStage(EChatStage):
         """See `EChatStage`; and one for the flow of each set."""
         super().on_validation_epoch_start()
         if self.flow is not None:
-            for name in self._validation_names():
-                self._validation_losses[f"val/{name}/loss/flow"] = MeanTokenLoss().to(self.device)
+            for key in self._set_keys():
+                self._validation_losses[f"{key}/loss/flow"] = MeanTokenLoss().to(self.device)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """See `EChatStage`; the flow's error is taken with the same noise and times at every validation."""
         super().validation_step(batch, batch_idx, dataloader_idx)
         if self.flow is not None and batch.replies is not None:
             generator = torch.Generator(self.device).manual_seed(batch_idx)
-            name = self._validation_names()[dataloader_idx]
-            self._validation_losses[f"val/{name}/loss/flow"].update(*self._flow_loss(batch, generator))
+            key = self._set_keys()[dataloader_idx]
+            self._validation_losses[f"{key}/loss/flow"].update(*self._flow_loss(batch, generator))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `EChatStage`; `echat convert token2wav` finds the flow in there."""
