@@ -17,6 +17,7 @@ from lightning_echat.data.batch_memory import HandedBatch
 from lightning_echat.data.batching import collate
 from lightning_echat.data.ranks import Ranks
 from lightning_echat.data.read_errors import NOTICED, SkipCounter
+from lightning_echat.data.resumable_stream import ResumableStream
 from lightning_echat.data.stream_items import StreamEnd, StreamFailure, StreamHealth
 from lightning_echat.data.stream_state import Position
 from lightning_echat.data.training_stream import TrainingStream
@@ -82,7 +83,7 @@ class TrainingLoader(WorkerLoader):
     Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.
 
     Args:
-        stream: The mixture.
+        stream: The mixture, or the utterances.
         num_workers: Reading processes; 0 reads in this one.
         ranks: The processes of the job.
         position: Where to begin, None for the beginning.
@@ -93,12 +94,12 @@ class TrainingLoader(WorkerLoader):
         position: After the last batch handed out.
     """
 
-    stream: TrainingStream
+    stream: ResumableStream
     position: Position
 
     def __init__(
         self,
-        stream: TrainingStream,
+        stream: ResumableStream,
         *,
         num_workers: int,
         ranks: Ranks | None = None,
@@ -166,6 +167,7 @@ class TrainingLoader(WorkerLoader):
         return batch
 
     def _empty_batch(self, position: Position) -> PackedBatch:
+        assert isinstance(self.stream, TrainingStream), "only a mixture ends"
         batch = collate([], padding=self._padding, mel_bins=self.stream.config.tokens.mel_bins)
         batch.health = {f"{NOTICED}step without a sample": 1}
         self.health.merge(batch.health)

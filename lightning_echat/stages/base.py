@@ -28,7 +28,7 @@ from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
 from lightning_echat.parallel import check_same_batch, compile_blocks, reshard, sharded
-from lightning_echat.stages.resuming import random_state, recount_batches
+from lightning_echat.stages.resuming import own_random_state, random_state, recount_batches, restore_random_state
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -151,7 +151,8 @@ class EChatStage(L.LightningModule):
         self._window_tokens = None
         self.model.train()
         frozen_in_eval(self.model)
-        self._restore_random_state()
+        restore_random_state(self._random_state, self.device)
+        self._random_state = None
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of the batch. `on_before_optimizer_step` divides its gradient."""
@@ -287,16 +288,7 @@ class EChatStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
         recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
-        states = checkpoint.get("random_states", [])
-        self._random_state = states[self.global_rank] if len(states) == self.trainer.world_size else None
-
-    def _restore_random_state(self) -> None:
-        """Go on drawing dropout as the run would have, where the number of ranks is the same."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(self._random_state["cuda"], self.device)
-            self._random_state = None
+        self._random_state = own_random_state(checkpoint, rank=self.global_rank, world_size=self.trainer.world_size)
 
     def _validate(self, batch: PackedBatch) -> TokenLoss:
         return self._losses(batch)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,3 +37,17 @@ def random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def own_random_state(checkpoint: Mapping[str, Any], *, rank: int, world_size: int) -> Mapping[str, Tensor] | None:
+    """This rank's of the `random_states` that a checkpoint keeps, None where it was written by other ranks."""
+    states = checkpoint.get("random_states", [])
+    return states[rank] if len(states) == world_size else None
+
+
+def restore_random_state(state: Mapping[str, Tensor] | None, device: torch.device) -> None:
+    """Go on drawing dropout and noise as the run would have."""
+    if state is not None:
+        torch.set_rng_state(state["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], device)
