@@ -124,7 +124,7 @@ class _VoiceStage(L.LightningModule):
 
 
 class FlowStage(_VoiceStage):
-    """Trains codes to mel by flow matching. `train/loss` is the mean squared error of the velocity.
+    """Trains codes to mel by flow matching. `train/loss` is the mean squared error of what the flow `predicts`.
 
     Args:
         flow: Sizes.

@@ -36,6 +36,9 @@ class FlowConfig:
         mel_mean, mel_scale: The network sees (mel - mean) / scale.
         speaker_size: Of the speaker embedding; 0 for one voice that needs none.
         encoder, estimator: Sizes.
+        predicts: What the estimator writes: the velocity, as in the released weights, or the mel at the end of the way,
+            from which the velocity follows. A velocity holds all of the noise, which few channels cannot carry; a mel
+            holds none (Li & He 2025).
         condition_dropout: Share of training rows that see no condition.
         prompt_share: Share of training rows that see a beginning of their mel, as a prompt.
         longest_prompt: Of a row, at most.
@@ -49,6 +52,7 @@ class FlowConfig:
     speaker_size: int = 192
     encoder: CodeEncoderConfig = field(default_factory=CodeEncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    predicts: Literal["velocity", "mel"] = "velocity"
     condition_dropout: float = 0.2
     prompt_share: float = 0.5
     longest_prompt: float = 0.3
@@ -142,7 +146,7 @@ class FlowMatching(nn.Module):
         speakers: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Squared error of the velocity, summed over valid mel values, and how many those are.
+        """Squared error of what the estimator writes, summed over valid mel values, and how many those are.
 
         Args:
             codes: [B, n] int64.
@@ -169,9 +173,9 @@ class FlowMatching(nn.Module):
         time = draw()
         at = time[:, None, None]
         point = (1 - (1 - _SIGMA) * at) * noise + at * target
-        velocity = target - (1 - _SIGMA) * noise
+        wanted = target if self.config.predicts == "mel" else target - (1 - _SIGMA) * noise
         found = self.estimator(torch.cat([point, *conditions], dim=-1).transpose(1, 2), time, valid).transpose(1, 2)
-        error = (found - velocity).float().square() * valid[..., None]
+        error = (found - wanted).float().square() * valid[..., None]
         return error.sum(), valid.sum() * mels.shape[-1]
 
     @torch.no_grad()
@@ -246,5 +250,7 @@ class FlowMatching(nn.Module):
             found = self.estimator(rows, mel.new_full((rows.shape[0],), start), None).transpose(1, 2)
             if config.guidance:
                 found = (1 + config.guidance) * found[:1] - config.guidance * found[1:]
+            if self.config.predicts == "mel":
+                found = (found - mel) / (1 - start)
             mel = mel + (end - start) * found
         return mel

@@ -56,9 +56,10 @@ def test_mels_have_a_frame_a_hop_and_know_the_level() -> None:
     assert float(loud[0, 50, band] - soft[0, 50, band]) == pytest.approx(2.3026, abs=1e-3)
 
 
-def test_a_flow_learns_which_mel_a_code_stands_for() -> None:
+@pytest.mark.parametrize("predicts", ["velocity", "mel"])
+def test_a_flow_learns_which_mel_a_code_stands_for(predicts: str) -> None:
     """Codes 0 to 3 have one flat mel each; after a minute's worth of steps the flow writes them."""
-    flow = tiny(condition_dropout=0.1, prompt_share=0.0).train()
+    flow = tiny(condition_dropout=0.1, prompt_share=0.0, predicts=predicts).train()
     optimizer = torch.optim.AdamW(flow.parameters(), lr=3e-3)
     levels = torch.tensor([-1.5, -0.5, 0.5, 1.5])
     generator = torch.Generator().manual_seed(0)
