@@ -61,6 +61,14 @@ def test_packed_and_padded_batches_hold_the_same_prompts(tokenizer):
     assert strip == [replace(reference, row=0, start=0, length=0) for reference in padded.references]
 
 
+def test_a_clip_belongs_to_its_dialogue_whatever_the_order_of_those_asked(tokenizer):
+    batch, padding = dummy_batch(tokenizer, TASKS, per_row=4), tokenizer.vocabulary.padding
+    prompts = extract_prompts(batch, padding=padding)
+    turned = extract_prompts(replace(batch, references=batch.references[::-1]), padding=padding)
+    assert torch.equal(turned.clip_rows, len(TASKS) - 1 - prompts.clip_rows)
+    assert torch.equal(turned.clip_starts, prompts.clip_starts)
+
+
 def test_targets_are_not_looked_at(tokens, tokenizer):
     model, batch = lively(tokens), dummy_batch(tokenizer, TASKS)
     blind = replace(batch, input_ids=batch.input_ids.clone(), labels=torch.full_like(batch.labels, IGNORE_INDEX))
@@ -177,6 +185,29 @@ def test_the_penalty_stops_codes_from_repeating_and_silence_is_exempt(tokens, to
     assert codes(speech=strict, silence_codes=(2,)) == [0, 1] + [2] * 27
     # What has left the window is free again.
     assert codes(speech=replace(strict, repetition_window=3)) == [n % 4 for n in range(29)]
+
+
+def test_every_step_draws_anew(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("text_to_speech")])
+    with torch.no_grad():
+        model.lm.speech_head.weight.zero_()
+        model.lm.speech_head.bias.zero_()
+        model.lm.speech_head.bias[-1] = -100.0
+    (reply,) = generate(model, batch, tokenizer, replace(SHORT, speech=SamplingConfig(temperature=1.0)))
+    # 29 draws out of 64 codes, all equally likely.
+    assert len(reply.speech_codes.unique()) > 15
+
+
+def test_ids_that_nothing_spells_are_never_written(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    before, spelled = said(generate(model, batch, tokenizer, SHORT)), len(tokenizer.tokenizer)
+    assert spelled < tokens.text_vocabulary_size
+
+    def prefer_the_rest(_, __, logits: Tensor) -> Tensor:
+        return torch.cat([logits[:, :spelled], logits[:, spelled:] + 1e3], dim=1)
+
+    model.lm.text_head.register_forward_hook(prefer_the_rest)
+    assert said(generate(model, batch, tokenizer, SHORT)) == before
 
 
 def test_a_silence_code_outside_the_codebook_is_refused(model, tokenizer):
