@@ -210,6 +210,27 @@ def test_ids_that_nothing_spells_are_never_written(tokens, tokenizer):
     assert said(generate(model, batch, tokenizer, SHORT)) == before
 
 
+def test_text_is_kept_from_repeating_by_an_option_of_its_own(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    # Id 0 is always the best, then 1, 2, …
+    model.lm.text_head.register_forward_hook(lambda *_: torch.linspace(1.0, 0.5, 260)[None])
+    strict = SamplingConfig(repetition_penalty=10.0)
+    assert generate(model, batch, tokenizer, SHORT)[0].text_ids == [0] * 20
+    assert generate(model, batch, tokenizer, replace(SHORT, text=strict))[0].text_ids == list(range(20))
+    assert generate(model, batch, tokenizer, replace(SHORT, thinking=strict))[0].text_ids == [0] * 20
+
+
+def test_a_reply_says_whether_it_came_to_its_end_which_is_no_part_of_its_text(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    end = tokenizer.vocabulary.end_of_text
+    wanted = iter([5, 6, end, 5, 6, 7])
+    model.lm.text_head.register_forward_hook(lambda *_: torch.eye(260)[next(wanted)][None])
+    for limit, ids, finished in ((3, [5, 6], True), (3, [5, 6, 7], False)):
+        (reply,) = generate(model, batch, tokenizer, replace(SHORT, max_text_ids=limit))
+        assert (reply.text_ids, reply.finished) == (ids, finished)
+        assert reply.text == tokenizer.decode(ids)
+
+
 def test_a_silence_code_outside_the_codebook_is_refused(model, tokenizer):
     with pytest.raises(UserError, match=r"silence_codes: 64 .* 0 to 63"):
         generate(model, dummy_batch(tokenizer, TASKS[:1]), tokenizer, replace(SHORT, silence_codes=(64,)))
