@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_echat import decoding
 from lightning_echat.contracts import IGNORE_INDEX, GeneratedReply, PackedBatch, UserError
 from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, Generation, extract_prompts, generate
 from lightning_echat.nn.echat_model import EChatModel
-from lightning_echat.sampling import SamplingConfig
+from lightning_echat.sampling import SamplingConfig, choose
 from lightning_echat.testing import dummy_batch, tiny_model
 from lightning_echat.tokens.speech_codes import SPEECH_CHUNK, TEXT_CHUNK
 from lightning_echat.tokens.tasks import ALL_TASK_NAMES, task_from_name
@@ -185,6 +186,14 @@ def test_the_penalty_stops_codes_from_repeating_and_silence_is_exempt(tokens, to
     assert codes(speech=strict, silence_codes=(2,)) == [0, 1] + [2] * 27
     # What has left the window is free again.
     assert codes(speech=replace(strict, repetition_window=3)) == [n % 4 for n in range(29)]
+
+
+def test_ids_of_a_model_in_half_precision_are_chosen_in_full(tokens, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decoding, "choose", lambda logits, *rest: seen.append(logits.dtype) or choose(logits, *rest))
+    model, batch = tiny_model(tokens).bfloat16(), dummy_batch(tokenizer, [task_from_name("text_to_speech.interleaved")])
+    generate(model, batch, tokenizer, replace(SAMPLED, max_text_ids=8, max_speech_ids=20))
+    assert len(seen) > 8 and set(seen) == {torch.float32}
 
 
 def test_every_step_draws_anew(tokens, tokenizer):
