@@ -26,7 +26,7 @@ $(STAMP):
 	@echo "environment: installing the pinned packages into $(VENV) (about 3 minutes and 5 GB, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check \
-	  -c constraints.txt -e '.[synthesis,recogniser,sweep,cosyvoice,dev]'
+	  -c constraints.txt -e '.[synthesis,recogniser,sweep,cosyvoice,s3,dev]'
 	@# W&B's search engine asks for numpy<2 and works with newer ones: its own demands are left out.
 	@$(BIN)/python -m pip install --quiet --progress-bar off --disable-pip-version-check \
 	  -c constraints.txt --no-deps sweeps

@@ -21,7 +21,7 @@ from lightning_echat.data.mixture import SourceConfig, TaskConfig
 from lightning_echat.data.training_stream import TrainingStream
 from lightning_echat.tokens.dialogue_template import TokensConfig
 
-_QUICKSTART = BatchingConfig(tokens_per_batch=520, max_ids=512, max_rows=16, pool=480, shuffle=512)
+_QUICKSTART = BatchingConfig(tokens_per_batch=520, max_ids=512, max_rows=16, pool=480, frames_weight=0.25, shuffle=512)
 _PACKED = BatchingConfig(tokens_per_batch=4096, max_ids=2048, packed=True)
 # A window that holds no more than two batches has nothing to choose from.
 _SIZES = {

@@ -35,6 +35,9 @@ _LONGER_WEIGHT = 100.0
 _SILENT_DISTANCE = 0.06
 """Of a dialogue without a clip when packing, as a log ratio of frames: such ones fill batches of rare lengths."""
 
+_GROWTH = np.concatenate([[1.0], 1 + 0.02 * 1.6 ** np.arange(9)])
+"""Sizes that a padded batch may have, as multiples of its first dialogue's: to 1.86."""
+
 FRAME_MULTIPLE = 16
 """Mel frames of a batch are padded to a multiple of it: convolution kernels that were prepared for a shape are used
 again, which saves a CPU a tenth of the step."""
@@ -54,9 +57,8 @@ class BatchingConfig:
         max_rows: Most rows in a batch.
         max_ids: Longest dialogue; longer ones are skipped and counted. When packing also the capacity of a row.
         pool: Dialogues looked at together, to find those of like length or to pack them.
-        frames_weight: How much a ratio of mel frames counts against the same ratio of ids when dialogues of like length
-            are sought for a padded batch. Less pads more frames and mixes a batch more: a small model that begins from
-            nothing learns better from that.
+        frames_weight: How much a padded mel frame counts against a padded id when a padded batch is chosen. Less
+            pads more frames and mixes a batch more: a small model that begins from nothing may learn better from that.
         packed: Several dialogues in a row, which needs an attention that keeps them apart. Otherwise one a row.
         shuffle: Stored dialogues per source and worker held back, still encoded, to be drawn from at random.
         validation_rows: Rows of a validation batch, one dialogue each.
@@ -246,20 +248,37 @@ class Window(Generic[Tag]):
 
 
 def choose_padded(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -> list[int]:
-    """Places of the dialogues of one padded batch: the first, and those that are most like it in length.
+    """Places of the dialogues of one padded batch: the first, and those that are padded least beside it.
+
+    Of several sizes to pad to, in ids and in mel frames, each at least those of the first dialogue, the one is taken
+    whose best rows are padded least. Time and memory grow as sizes times N: about 1 ms for 2,048 dialogues.
 
     Args:
         ids: [N] lengths of the dialogues.
         frames: [N] mel frames of each one's longest clip, 0 without one.
         config: Sizes.
     """
-    by_ids = np.abs(np.log(ids / ids[0]))
-    # The two lengths hardly go together: a long query may ask for a label alone.
-    distance = np.maximum(by_ids, config.frames_weight * _frame_distance(frames, nearness=by_ids))
-    order = np.argsort(distance, kind="stable")
-    rows = np.arange(1, len(order) + 1)
-    fits = (rows * np.maximum.accumulate(ids[order]) <= config.tokens_per_batch) & (rows <= config.max_rows)
-    return order[: len(order) if fits.all() else int(fits.argmin())].tolist()
+    widths = np.ceil(ids[0] * _GROWTH)
+    heights = _frame_sizes(ids, frames)
+    # A row that does not fit, or is not there, counts as one of nothing but padding.
+    worst = 1.0 + config.frames_weight
+    of_ids = np.where(ids <= widths[:, None], 1 - ids / widths[:, None], worst)  # [W, N]
+    of_frames = np.where(frames > 0, 1 - frames / heights[:, None], 0.0)
+    of_frames = np.where(frames <= heights[:, None], config.frames_weight * of_frames, worst)  # [H, N]
+    best: list[int] = [0]
+    least = np.inf
+    for width, padded_ids in zip(widths, of_ids, strict=True):
+        rows = max(1, min(config.max_rows, int(config.tokens_per_batch // width)))
+        padding = np.minimum(padded_ids + of_frames, worst)  # [H, N]
+        order = padding.copy()
+        order[:, 0] = -1.0  # the oldest is in every batch
+        chosen = np.argpartition(order, min(rows, len(ids)) - 1, axis=1)[:, :rows]
+        taken = np.take_along_axis(padding, chosen, axis=1)
+        shares = (taken.sum(axis=1) + worst * (rows - taken.shape[1])) / rows
+        if shares.min() < least:
+            least = shares.min()
+            best = chosen[shares.argmin()][taken[shares.argmin()] < worst].tolist()
+    return sorted(best)
 
 
 def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -> list[list[int]]:
@@ -278,26 +297,30 @@ def choose_packed(ids: np.ndarray, frames: np.ndarray, config: BatchingConfig) -
     room = [config.max_ids] * num_rows
     enough = int(_PACKED_SLACK * config.max_ids)
     lengths = ids.tolist()
+    most = config.max_ids
     for place in np.argsort(_packed_distance(frames), kind="stable").tolist():
-        number = next((n for n, free in enumerate(room) if lengths[place] <= free), None)
-        if number is not None:
-            rows[number].append(place)
-            room[number] -= lengths[place]
-            if max(room) <= enough:
-                break
+        if lengths[place] > most:
+            continue
+        number = next(n for n, free in enumerate(room) if lengths[place] <= free)
+        rows[number].append(place)
+        room[number] -= lengths[place]
+        most = max(room)
+        if most <= enough:
+            break
     return [row for row in rows if row]
 
 
-def _frame_distance(frames: np.ndarray, *, nearness: np.ndarray) -> np.ndarray:
-    """[N] log ratio of each one's frames to the first one's; 0 without a clip, which has no frames to pad.
+def _frame_sizes(ids: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """[H] numbers of mel frames to pad a batch of the first dialogue to, at least its own.
 
-    Where the first has no clip, that of the nearest with one is the measure.
+    Where it has no clip, those of the one nearest in ids.
     """
     heard = frames > 0
     if not heard.any():
-        return np.zeros(len(frames))
-    measure = frames[0] or frames[np.where(heard, nearness, np.inf).argmin()]
-    return np.abs(np.log(np.where(heard, frames, measure) / measure))
+        return np.ones(1)
+    nearness = np.where(heard, np.abs(np.log(ids / ids[0])), np.inf)
+    least = frames[0] or frames[nearness.argmin()]
+    return np.unique(np.ceil(least * _GROWTH / FRAME_MULTIPLE)) * FRAME_MULTIPLE
 
 
 def _packed_distance(frames: np.ndarray) -> np.ndarray:

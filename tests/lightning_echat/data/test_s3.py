@@ -48,6 +48,13 @@ def test_training_reads_what_it_reads_from_a_folder(server, tokens):
     assert keys(batches) and digests(batches) == digests(some(here, 3))
 
 
+def test_a_shard_that_was_rewritten_since_it_was_listed_is_read_as_it_is(server):
+    shard = "s3://bucket/corpus/train/shard-000000.tar"
+    assert shard in expand_shards(["s3://bucket/corpus/train/*.tar"], access=ACCESS)
+    write_dummy_shards(server.folder / "bucket" / "corpus" / "train", shards=1, samples_per_shard=5)
+    assert len(read(shard)) == 5
+
+
 def test_with_an_index_reading_begins_at_the_sample(server):
     shard = "s3://bucket/corpus/train/shard-000000.tar"
     assert read(shard, start=2) == ["dialogue-000002"]
