@@ -78,7 +78,7 @@ class ValidationLoader(WorkerLoader):
 
 
 class TrainingLoader(WorkerLoader):
-    """Training batches that carry the position after them; it goes on from any of those.
+    """Training batches, packed or of utterances, that carry the position after them; it goes on from any of those.
 
     Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.
 
@@ -113,14 +113,14 @@ class TrainingLoader(WorkerLoader):
         self._padding = 0
         self.position = position or stream.start(workers=self._workers)
 
-    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]  # torch names its own iterator class
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
         """Batches from `position` on: without end, or to the end of a pass over sources that are not repeated."""
         batches = self._own_batches()
         for batch in self._in_step(batches) if self.stream.finite else batches:
             self.position = batch.position
             yield batch
 
-    def _own_batches(self) -> Iterator[PackedBatch]:
+    def _own_batches(self) -> Iterator[Any]:
         """This rank's batches, to the end of its last worker."""
         position = self.stream.position = self.position
         ended: set[int] = set()
