@@ -178,6 +178,8 @@ def _quiet() -> None:
         r".*isinstance\(treespec, LeafSpec\)",
         r".*is set, but there is no last checkpoint available",
         r"LightningCLI's args parameter is intended",
+        # A set without answers of a kind, or a rank without a set's dialogues: the figure is NaN and left out.
+        r"The ``compute`` method of metric \w+ was called before",
     ):
         warnings.filterwarnings("ignore", message=remark)
     # "GPU available: False", tips for a vendor's logger.

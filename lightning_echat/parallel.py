@@ -12,8 +12,6 @@ which strategy.
 from __future__ import annotations
 
 import os
-import shutil
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -44,6 +42,7 @@ from lightning_echat.contracts import PackedBatch, UserError
 from lightning_echat.nn.deferred_init import to_memory
 from lightning_echat.nn.echat_model import EChatModel
 from lightning_echat.nn.sharded_files import check_sharded
+from lightning_echat.nn.sharded_saving import BackgroundSaving, commit, discard, problem_of, shards_of, write_rest
 from lightning_echat.nn.tensor_parallel import cut_language_model
 
 
@@ -87,7 +86,7 @@ class ShardedStrategy(ModelParallelStrategy):
         self.cpu_offload = cpu_offload
         self.async_saving = async_saving
         self._time_limit = timeout
-        self._saving: _Saving | None = None
+        self._saving: BackgroundSaving | None = None
         self._saving_group: dist.ProcessGroup | None = None
         self._shard_mesh: DeviceMesh | None = None
 
@@ -95,12 +94,11 @@ class ShardedStrategy(ModelParallelStrategy):
         """Connect the ranks, and lay them out as replicas of shards."""
         ranks = self.num_nodes * self.num_processes
         replicas = self.num_nodes if isinstance(self.replicas, str) else self.replicas
-        for what, number in (("replicas", replicas), ("tensor_parallel", self.tensor_parallel)):
-            if number < 1 or ranks % number:
-                raise UserError(f"strategy.{what} is {number}, which does not divide the {ranks} processes of this run")
-        if replicas > 1 and self.tensor_parallel > 1:
-            raise UserError("strategy.replicas and strategy.tensor_parallel do not go together; leave one at 1")
+        self._check_layout(ranks, replicas)
         self._data_parallel_size = ranks // self.tensor_parallel
+        if self.cpu_offload and self.on_gpu and self._process_group_backend is None:
+            # The gradient's norm is then summed in the host's memory, which NCCL does not reach.
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         kind = self.root_device.type
         if replicas == 1:
@@ -108,6 +106,23 @@ class ShardedStrategy(ModelParallelStrategy):
         else:
             shape = (replicas, ranks // replicas)
             self._shard_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def _check_layout(self, ranks: int, replicas: int) -> None:
+        for what, number in (("replicas", replicas), ("tensor_parallel", self.tensor_parallel)):
+            if number < 1 or ranks % number:
+                raise UserError(f"strategy.{what} is {number}, which does not divide the {ranks} processes of this run")
+        if replicas > 1 and self.tensor_parallel > 1:
+            raise UserError("strategy.replicas and strategy.tensor_parallel do not go together; leave one at 1")
+        if self.num_processes % self.tensor_parallel:
+            raise UserError(
+                f"strategy.tensor_parallel is {self.tensor_parallel}, which does not divide the {self.num_processes} "
+                f"processes of a node; a group that spans nodes would wait for the network in every layer"
+            )
+        if (precision := self.precision_plugin.precision) != "32-true":
+            raise UserError(
+                f"trainer.precision is {precision}, which would round the weights that a sharded run keeps; leave it "
+                f"at 32-true and give strategy.compute: bfloat16"
+            )
 
     @property
     def group(self) -> DeviceMesh:
@@ -173,33 +188,31 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(str(filepath)))
         partial = path.with_name(f".{path.name}.partial")
         problem = f"cannot save checkpoint {path}"
-        with self._together(problem, otherwise=lambda: _discard(partial)):
+        with self._together(problem, otherwise=lambda: discard(partial)):
             if self.is_global_zero:
-                _discard(partial)
+                discard(partial)
+                partial.mkdir(parents=True)
         if self.async_saving:
-            with self._together(problem, otherwise=lambda: _discard(partial)):
+            with self._together(problem, otherwise=lambda: discard(partial)):
+                if self.is_global_zero:
+                    write_rest(checkpoint, partial)
+            with self._together(problem, otherwise=lambda: discard(partial)):
                 self._saving = self._start_saving(checkpoint, partial, path)
             return
-        with self._together(problem, otherwise=lambda: _discard(partial)):
+        with self._together(problem, otherwise=lambda: discard(partial)):
             super().save_checkpoint(checkpoint, partial, storage_options)
-        with self._together(problem, otherwise=lambda: _discard(partial)):
+        with self._together(problem, otherwise=lambda: discard(partial)):
             if self.is_global_zero:
-                _commit(partial, path)
+                commit(partial, path)
 
-    def _start_saving(self, checkpoint: dict[str, Any], partial: Path, path: Path) -> _Saving:
+    def _start_saving(self, checkpoint: dict[str, Any], partial: Path, path: Path) -> BackgroundSaving:
         """Copy the shards and write them in a thread, with collective calls of its own that meet no others."""
         if self._saving_group is None:
             group: Any = dist.new_group(backend="gloo", timeout=self._time_limit)
             self._saving_group = group
-        # Lightning's layout of a sharded checkpoint.
-        shards = {"state_dict": checkpoint.pop("state_dict")}
-        shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
-        partial.mkdir(parents=True, exist_ok=True)
-        if self.is_global_zero:
-            torch.save(checkpoint, partial / "meta.pt")
-        written = async_save(shards, checkpoint_id=partial, process_group=self._saving_group)
+        written = async_save(shards_of(checkpoint), checkpoint_id=partial, process_group=self._saving_group)
         assert isinstance(written, Future)
-        return _Saving(written, partial, path, commits=self.is_global_zero)
+        return BackgroundSaving(written, partial, path, commits=self.is_global_zero)
 
     def wait_for_saving(self) -> None:
         """Until the checkpoint that is being written in the background is whole: a collective call.
@@ -209,7 +222,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            with self._together(f"cannot save checkpoint {saving.path}", otherwise=lambda: _discard(saving.partial)):
+            with self._together(f"cannot save checkpoint {saving.path}", otherwise=lambda: discard(saving.partial)):
                 saving.committed.result()
 
     def once_saved(self, action: Callable[[], None]) -> None:
@@ -229,10 +242,14 @@ class ShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Each rank reads its part, whatever the number of ranks that wrote; a single file is read too."""
         path = Path(self.broadcast(str(checkpoint_path)))
-        if path.is_dir():
-            check_sharded(path)
         loaded: dict[str, Any] = {}
-        with self._together(f"cannot load checkpoint {path}"):
+        problem = f"cannot load checkpoint {path}"
+        with self._together(problem):
+            if path.is_dir():
+                check_sharded(path)
+            elif not path.is_file():
+                raise FileNotFoundError("it is not there; all nodes must see the run's folder")
+        with self._together(problem):
             loaded = super().load_checkpoint(path, weights_only)
         return loaded
 
@@ -247,8 +264,8 @@ class ShardedStrategy(ModelParallelStrategy):
         problem, own = "", None
         try:
             yield
-        except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-            own, problem = error, _problem(error, self.global_rank)
+        except (OSError, RuntimeError, ValueError, KeyError, UserError, CheckpointException) as error:
+            own, problem = error, problem_of(error, self.global_rank)
         problems: list[str] = [problem] * self.world_size
         if dist.is_initialized():
             dist.all_gather_object(problems, problem)
@@ -256,71 +273,6 @@ class ShardedStrategy(ModelParallelStrategy):
             if otherwise is not None and self.is_global_zero:
                 otherwise()
             raise UserError(f"{what}: {next(text for text in problems if text)}") from own
-
-
-class _Saving:
-    """A checkpoint that is being written in the background.
-
-    Attributes:
-        partial: Where it is written to.
-        path: The name that it gets.
-        committed: Done once it has its name and what was to follow is done; on ranks other than 0, once it is written.
-    """
-
-    def __init__(self, written: Future[Any], partial: Path, path: Path, *, commits: bool) -> None:
-        self.partial, self.path = partial, path
-        self.committed: Future[None] = Future()
-        self._commits = commits
-        self._actions: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        # All ranks' parts are on disk by then: DCP writes its index last, and rank 0 does.
-        written.add_done_callback(self._commit)
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Call `action` after the commit."""
-        with self._lock:
-            if not self.committed.done():
-                self._actions.append(action)
-                return
-        if self.committed.exception() is None:
-            action()
-
-    def _commit(self, written: Future[Any]) -> None:
-        try:
-            written.result()
-            if self._commits:
-                _commit(self.partial, self.path)
-            with self._lock:
-                for action in self._actions:
-                    action()
-                self.committed.set_result(None)
-        # DCP's own is no Exception; whoever waits raises it.
-        except BaseException as error:
-            self.committed.set_exception(error)
-
-
-def _problem(error: BaseException, rank: int) -> str:
-    """Whose trouble it is and what, in one line; DCP raises on every rank what one of them met."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (error, _) = next(iter(error.failures.items()))
-    lines = str(error).splitlines()
-    return f"rank {rank}: {lines[0] if lines else type(error).__name__}"
-
-
-def _discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _commit(partial: Path, path: Path) -> None:
-    """Give a complete folder its name; one that bears the name already is replaced, and whole until then."""
-    replaced = path.with_name(f".{path.name}.replaced")
-    _discard(replaced)
-    if path.is_dir():
-        path.rename(replaced)
-    elif path.exists():
-        path.unlink()
-    partial.rename(path)
-    _discard(replaced)
 
 
 def blocks(model: EChatModel) -> list[nn.Module]:
@@ -361,8 +313,18 @@ def sharded(trainer: Trainer | None) -> ShardedStrategy | None:
 
 def first_of_group(trainer: Trainer) -> bool:
     """Whether no rank of a lower number has the same batches: what ranks add up is counted by those only."""
+    return trainer.global_rank % _group_size(trainer) == 0
+
+
+def data_share(trainer: Trainer) -> tuple[int, int]:
+    """Which share of the data this rank computes, and of how many: the ranks of a group compute the same one."""
+    size = _group_size(trainer)
+    return trainer.global_rank // size, trainer.world_size // size
+
+
+def _group_size(trainer: Trainer) -> int:
     strategy = sharded(trainer)
-    return strategy is None or strategy.group.get_local_rank() == 0
+    return 1 if strategy is None else strategy.tensor_parallel
 
 
 def check_same_batch(trainer: Trainer | None, batch: PackedBatch) -> None:

@@ -79,21 +79,25 @@ class Listed(LightningDataModule):
 
 
 class Record(Callback):
-    """Each rank writes down its summed losses, its supervised ids, and the weights that the run ends with."""
+    """Each rank writes down each batch (summed loss, supervised ids, dialogues), and metrics and weights at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.losses: list[tuple[float, int]] = []
+        self.keys: list[list[str]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
         self.losses.append((float(outputs["loss"]), batch.num_supervised))
+        self.keys.append([reference.key for reference in batch.references])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = get_model_state_dict(pl_module, options=StateDictOptions(full_state_dict=True))
         self.folder.mkdir(exist_ok=True, parents=True)
-        torch.save({"losses": self.losses, "weights": weights}, self.folder / f"rank{trainer.global_rank}.pt")
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        seen = {"losses": self.losses, "keys": self.keys, "metrics": metrics, "weights": weights}
+        torch.save(seen, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 def make_stage(tokens: TokensConfig, *, network: NetworkConfig | None = None, **options: Any) -> EChatStage:
@@ -211,19 +215,6 @@ class KillOnce(Callback):
         if here and moment == self.moment:
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class TermOnce(Callback):
-    """Each rank is told to stop in its second step, the first time that a run gets there."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        mark = self.mark.with_name(f"{self.mark.name}{trainer.global_rank}")
-        if trainer.global_step == 1 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class WaitOnce(Callback):

@@ -21,11 +21,12 @@ from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.evaluation.controls import (
+    SHUFFLE,
     ControlName,
     ForcedPrompt,
     dialogues_of,
     force_labels,
-    partner_of,
+    partners_of,
     why_left_out,
     with_forced,
 )
@@ -34,7 +35,7 @@ from lightning_echat.evaluation.label_probabilities import NamedLabels, label_pr
 from lightning_echat.evaluation.records import RecordWriter, is_finished, record_of
 from lightning_echat.evaluation.scores import file_name
 from lightning_echat.nn.token2wav.interface import Token2Wav
-from lightning_echat.nn.weights import TrainedModel
+from lightning_echat.nn.weights import TrainedModel, checkpoint_hash
 from lightning_echat.tokens.tasks import DialogueTask, SpeechLayout
 from lightning_echat.tokens.thinking import ThinkingForm
 
@@ -136,10 +137,13 @@ class Answerer:
 
     def controls(self, entry: EvaluationSet) -> dict[ControlName, str]:
         """Answers of every control that can be asked; control -> why it was left out, for those that cannot."""
-        first = next(iter(read_item_set(replace(entry, max_items=1), counter=SkipCounter())))
         left_out: dict[ControlName, str] = {}
+        # Not every item need bring a neutral voice; usually the first one does, and no more is read.
+        has_neutral = "neutral_voice" in self.config.controls and any(
+            posed.neutral_audio is not None for posed in read_item_set(entry, counter=SkipCounter())
+        )
         for control in self.config.controls:
-            why = why_left_out(control, task=self.config.spoken_task, has_neutral=first.neutral_audio is not None)
+            why = why_left_out(control, task=self.config.spoken_task, has_neutral=has_neutral)
             if why:
                 left_out[control] = why
                 continue
@@ -153,6 +157,8 @@ class Answerer:
         decided = asdict(self.config)
         decided.pop("controls")
         settings = [self.checkpoint_hash, name, entry.max_items, files, task.name, task.labels, decided]
+        if name == "shuffled_audio":
+            settings.append(SHUFFLE)
         return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
 
     def _answer(
@@ -210,7 +216,8 @@ class Answerer:
         """Generate the answers of a batch and store those that are not there yet."""
         replies = self._generate(asked, task=task, control=control)
         probabilities = self._probabilities(asked, replies, task)
-        places = {posed.item.key: first + number for number, posed in enumerate(batch)}
+        places = {posed.item.key: number for number, posed in enumerate(batch)}
+        partners = partners_of(list(places))
         for question, reply, found in zip(asked, replies, probabilities, strict=True):
             if question.posed.item.key in writer.done:
                 continue
@@ -220,10 +227,10 @@ class Answerer:
                 fmt=self.trained.tokenizer.prompt_set.thinking,
                 item=question.posed.item,
             )
-            place = places[question.posed.item.key] - first
+            place = places[question.posed.item.key]
             record = replace(
                 record,
-                heard_key=batch[partner_of(place, len(batch))].item.key if control == "shuffled_audio" else "",
+                heard_key=batch[partners[place]].item.key if control == "shuffled_audio" else "",
                 checkpoint=self.checkpoint_hash,
                 seed=self.config.decoding.seed,
                 label_probabilities=found,
@@ -293,13 +300,3 @@ def _without_speech(reply: GeneratedReply) -> GeneratedReply:
     """The answer as if it had been asked for text alone: complete once its speech has begun."""
     complete = reply.finished or reply.speech_codes.numel() > 0
     return replace(reply, speech_codes=reply.speech_codes[:0], finished=complete)
-
-
-def checkpoint_hash(path: Path) -> str:
-    """SHA-256 of a checkpoint file, or of all files of a folder that is one."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()

@@ -8,10 +8,10 @@ Plain HTTP by requests: one POST is all that is used, and retries, budget and re
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import json
 import os
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +25,7 @@ import requests
 from rich.progress import Progress
 
 from lightning_echat.contracts import UserError
+from lightning_echat.evaluation.chat_record import ChatAnswer, ChatRequest, end_torn_line, read_answers
 
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _LONGEST_BACK_OFF = 60.0
@@ -32,6 +33,12 @@ _LONGEST_WAIT = 600.0
 """Seconds that a server may ask to wait; one that asks for more is out for this run."""
 _CONNECT_SECONDS = 10.0
 _MESSAGE = 200
+_HINTS = {
+    "HTTP 400": "; keys of requests are added and taken away by the judge's argument request",
+    "HTTP 401": "; is {key} set and right?",
+    "HTTP 403": "; is {key} set and right?",
+    "HTTP 404": "; base_url goes up to /v1, and model is the server's name for it",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,31 +82,6 @@ class EndpointConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be more than 0")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatRequest:
-    """One question.
-
-    Attributes:
-        key: Names it in the record, for people.
-        body: What is sent.
-        sample: Number among repetitions of the same question, which is not sent.
-    """
-
-    key: str
-    body: Mapping[str, Any]
-    sample: int = 0
-
-    @property
-    def hash(self) -> str:
-        """Of everything that decides the answer."""
-        return hashlib.sha256(json.dumps([self.body, self.sample], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def prompt_hash(self) -> str:
-        """Of the messages alone."""
-        return hashlib.sha256(json.dumps(self.body["messages"], sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(slots=True, kw_only=True)
 class _Outcome:
     """What became of one request: an answer, or the reason why there is none; and every failed attempt."""
@@ -133,7 +115,7 @@ class ChatEndpoint:
         self.config = config
         self.record = record
         self.facts = dict(facts)
-        self.known: dict[str, str] = _read_record(record)
+        self.known: dict[str, ChatAnswer] = read_answers(record)
         self.attempts = 0
         self.tokens = 0
         self._lock = threading.Lock()
@@ -142,7 +124,7 @@ class ChatEndpoint:
         self._not_before = 0.0
         self._refusal = ""
 
-    def answers(self, questions: Sequence[ChatRequest]) -> list[str]:
+    def answers(self, questions: Sequence[ChatRequest]) -> list[ChatAnswer]:
         """The answer to every question, asked or recorded.
 
         Raises:
@@ -156,18 +138,22 @@ class ChatEndpoint:
     def _ask(self, missing: list[ChatRequest]) -> None:
         self._stopping.clear()
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        _end_torn_line(self.record)
+        end_torn_line(self.record)
         failures: Counter[str] = Counter()
         done = 0
         with self.record.open("a", encoding="utf-8") as record, Progress(transient=True) as progress:
             task = progress.add_task(f"{self.config.model}", total=len(missing))
-            for question, outcome in self._outcomes(missing):
-                self._note(record, question, outcome)
-                progress.advance(task)
-                if outcome.raw is not None:
-                    done += 1
-                else:
-                    failures[outcome.failed] += 1
+            try:
+                for question, outcome in self._outcomes(missing):
+                    self._note(record, question, outcome)
+                    progress.advance(task)
+                    if outcome.raw is not None:
+                        done += 1
+                    else:
+                        failures[outcome.failed] += 1
+            except KeyboardInterrupt:
+                sys.stderr.write(f"\nstopped; {self._kept(done, len(missing))}; the same command goes on\n")
+                raise
         if done < len(missing):
             self._explain(failures, done=done, total=len(missing))
 
@@ -305,50 +291,29 @@ class ChatEndpoint:
             "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         if outcome.raw is not None:
-            reply = outcome.raw["choices"][0]["message"]["content"] or ""
-            line |= {"reply": reply, "raw": outcome.raw}
-            self.known[question.hash] = reply
+            answer = ChatAnswer.of(outcome.raw)
+            line |= {"reply": answer.text, "raw": outcome.raw}
+            self.known[question.hash] = answer
         record.write(json.dumps(line, ensure_ascii=False) + "\n")
         record.flush()
         if outcome.failed == "refused":
             self._refusal = outcome.errors[-1]
 
+    def _kept(self, done: int, total: int) -> str:
+        return f"{done} of {total} answers came and are kept in {self.record}"
+
     def _explain(self, failures: Counter[str], *, done: int, total: int) -> None:
         """Raise the one line that says why answers are missing, and what has been kept."""
         where = f"{self.config.model} at {self.config.base_url}"
-        kept = f"{done} of {total} answers came and are kept in {self.record}"
+        kept = self._kept(done, total)
         if "refused" in failures:
-            locked = self._refusal.startswith(("HTTP 401", "HTTP 403"))
-            hint = f"; is {self.config.api_key_env} set and right?" if locked else ""
+            hint = _HINTS.get(self._refusal[:8], "").format(key=self.config.api_key_env)
             raise UserError(f"{where} refuses: {self._refusal}{hint}; {kept}")
         if "budget" in failures:
             spent = f"{self.attempts} requests and {self.tokens} tokens"
             raise UserError(f"{where}: the budget is spent ({spent}); {kept}, run again to go on")
         reasons = ", ".join(f"{count} {reason}" for reason, count in failures.most_common() if reason != "stopped")
         raise UserError(f"{where} does not answer ({reasons or 'stopped'}); {kept}, run again to go on")
-
-
-def _read_record(path: Path) -> dict[str, str]:
-    """Request hash -> answer. A line that a kill tore is asked again."""
-    if not path.is_file():
-        return {}
-    known = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line) if line else {}
-        except json.JSONDecodeError:
-            continue
-        if "reply" in row:
-            known[row["request"]] = row["reply"]
-    return known
-
-
-def _end_torn_line(path: Path) -> None:
-    if path.is_file() and (size := path.stat().st_size):
-        with path.open("rb+") as stream:
-            stream.seek(size - 1)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
 
 
 def _kind_of(error: requests.RequestException) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 from lightning_echat.contracts import UserError
 from lightning_echat.data.files import write_atomically
 from lightning_echat.evaluation.answering import DIALOGUES, UNDERSTANDING
-from lightning_echat.evaluation.bootstrap import bootstrap_interval
+from lightning_echat.evaluation.bootstrap import bootstrap_interval, share_above_zero
 from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.records import AnswerRecord, nan_as_none, read_records
 from lightning_echat.evaluation.scores import ScoreKey, judges_of
@@ -140,17 +140,8 @@ def _paired(first: Values, second: Values, *, seed: int) -> dict[str, Any]:
         "first": float(before.mean()) if common else nan,
         "second": float(after.mean()) if common else nan,
         "difference": list(bootstrap_interval(after - before, seed=seed)),
-        "share_better": _share_better(after - before, seed=seed),
+        "share_better": share_above_zero(after - before, seed=seed),
     }
-
-
-def _share_better(differences: np.ndarray, *, seed: int, resamples: int = 2000) -> float:
-    """Share of resamples with a mean above 0; those at 0 count half. NaN without two items."""
-    if differences.size < 2:
-        return float("nan")
-    draws = np.random.default_rng(seed).integers(0, differences.size, size=(resamples, differences.size))
-    means = differences[draws].mean(axis=1)
-    return float((means > 0).mean() + 0.5 * (means == 0).mean())
 
 
 def _print_comparison(comparison: Mapping[str, Any]) -> None:
@@ -166,16 +157,19 @@ def _print_comparison(comparison: Mapping[str, Any]) -> None:
         )
         for name, found in figures.items():
             scale = 1.0 if figures is comparison["replies"] else 100.0
-            mean, low, high = (scale * value for value in found["difference"])
-            table.add_row(
-                name,
-                str(found["items"]),
-                f"{scale * found['first']:.1f}",
-                f"{scale * found['second']:.1f}",
-                f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]",
-                f"{100 * found['share_better']:.0f} %",
-            )
+            table.add_row(name, str(found["items"]), *_cells(found, scale))
         console.print(table)
     unlike = sum(found["only_in_one"] for found in comparison["replies"].values())
     if unlike:
         console.print(f"{unlike} scores have no partner in the other run and are left out", highlight=False)
+
+
+def _cells(found: Mapping[str, Any], scale: float) -> list[str]:
+    """Both figures, their difference, and how sure it is; what there is no data for says so."""
+    if not found["items"]:
+        return ["no data", "", "", ""]
+    mean, low, high = (scale * value for value in found["difference"])
+    figures = [f"{scale * found[name]:.1f}" for name in ("first", "second")]
+    if found["items"] == 1:
+        return [*figures, f"{mean:+.1f}", ""]
+    return [*figures, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{100 * found['share_better']:.0f} %"]

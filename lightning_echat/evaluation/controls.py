@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from random import Random
 from typing import Literal
 
 import torch
@@ -26,6 +28,8 @@ from lightning_echat.tokens.thinking import ThinkingFormat, write_label_thinking
 
 ControlName = Literal["text_only", "label_oracle", "neutral_voice", "shuffled_audio"]
 
+SHUFFLE = "random cycle"
+"""How audio is shuffled. Answers that were shuffled otherwise are made anew."""
 _ANY_EMOTION = "neutral"
 _NATURAL_CHOICE = " i will sound"
 
@@ -52,12 +56,19 @@ def why_left_out(control: ControlName, *, task: DialogueTask, has_neutral: bool)
     return ""
 
 
-def partner_of(place: int, size: int) -> int:
-    """Whose audio the item at `place` of a batch hears when audio is shuffled.
+def partners_of(keys: Sequence[str]) -> list[int]:
+    """Whose audio each item of a batch hears when audio is shuffled: places in the batch, never an item's own.
 
-    Half a batch on: never itself, and the same partner however often the batch is made again.
+    The items are put in a random order and each hears the next. The order follows from the keys, so that a batch that
+    is made again is the same. A fixed distance would not do: item sets go through categories and labels in turn, and
+    the partner would always have the same label, or never.
     """
-    return (place + size // 2) % size
+    order = list(range(len(keys)))
+    Random("\n".join(keys)).shuffle(order)
+    partners = [0] * len(keys)
+    for place, partner in pairwise([*order, *order[:1]]):
+        partners[place] = partner
+    return partners
 
 
 def dialogues_of(control: ControlName | None, batch: Sequence[PosedItem]) -> list[ParsedDialogue | SampleRejected]:
@@ -72,7 +83,7 @@ def dialogues_of(control: ControlName | None, batch: Sequence[PosedItem]) -> lis
     if control == "shuffled_audio":
         if len(batch) < 2:
             return [SampleRejected("no other item in the batch to hear", posed.item.key) for posed in batch]
-        others = [batch[partner_of(place, len(batch))] for place in range(len(batch))]
+        others = [batch[partner] for partner in partners_of([posed.item.key for posed in batch])]
         return [with_audio_of(posed, query_audio_of(other)) for posed, other in zip(batch, others, strict=True)]
     return [posed.parsed for posed in batch]
 

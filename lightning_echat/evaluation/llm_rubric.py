@@ -22,6 +22,8 @@ DEFAULT_LLM_RUBRIC = "echat_judge_v1"
 
 _PLACES = frozenset({"low", "high", "dimensions", "transcript", "labels", "reply", "heard", "reply_emotion", "schema"})
 _ANSWER = re.compile(r"\{.*\}", flags=re.DOTALL)
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", flags=re.DOTALL)
+"""What reasoning models behind servers that do not cut it out write before their answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,7 @@ class LLMRubric:
 
     def read(self, answer: str, *, with_voice: bool) -> dict[str, float] | None:
         """Dimension -> score of an answer; None unless every dimension has a number on the scale."""
-        found = _ANSWER.search(answer)
+        found = _ANSWER.search(_THOUGHT.sub("", answer))
         try:
             scores = json.loads(found[0])["scores"] if found else None
         except (ValueError, KeyError, TypeError, RecursionError):

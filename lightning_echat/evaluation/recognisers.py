@@ -173,13 +173,21 @@ class HuggingFaceEmotionRecogniser:
 
     Args:
         name: Folder or hub name.
-        labels: The model's label -> ours; what is not named keeps its own name in lower case.
+        labels: The model's label -> ours, `labels.json` of its folder where nothing is given; what is not named keeps
+            its own name in lower case.
+        device: Where it runs.
+        revision: Of a model of the hub.
     """
 
-    def __init__(self, name: str, *, labels: dict[str, str] | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, *, labels: dict[str, str] | None = None, device: str = "cpu", revision: str = "main"
+    ) -> None:
         self.name = name
-        self._pipeline = _pipeline("audio-classification", name, device=device, batch_size=8)
+        self._pipeline = _pipeline("audio-classification", name, device=device, batch_size=8, revision=revision)
         own = [str(self._pipeline.model.config.id2label[i]) for i in range(self._pipeline.model.config.num_labels)]
+        file = Path(name) / "labels.json"
+        if labels is None and file.is_file():
+            labels = json.loads(file.read_text(encoding="utf-8"))
         self._ours: dict[str, str] = {label: (labels or {}).get(label, label.lower()) for label in own}
         self.labels: tuple[str, ...] = tuple(dict.fromkeys(self._ours.values()))
 
@@ -243,10 +251,7 @@ def open_emotion_recogniser(name: str, *, device: str = "cpu") -> EmotionRecogni
     """The same for emotions; a Hugging Face folder may hold `labels.json`, the model's label -> ours."""
     if name.startswith(STAGE):
         return StageEmotionRecogniser(Path(name.removeprefix(STAGE)))
-    labels = Path(name) / "labels.json"
-    return HuggingFaceEmotionRecogniser(
-        name, labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None, device=device
-    )
+    return HuggingFaceEmotionRecogniser(name, device=device)
 
 
 def _pipeline(task: str, name: str, **options: Any) -> Any:

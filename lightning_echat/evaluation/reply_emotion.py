@@ -10,16 +10,17 @@ from typing import Any, Protocol
 
 from rich.progress import track
 
-from lightning_echat.contracts import DialogueSample, Turn, UserError
+from lightning_echat.contracts import SAMPLE_RATE, DialogueSample, Turn, UserError
 from lightning_echat.data.batching import collate
 from lightning_echat.data.files import write_json
 from lightning_echat.data.log_mel import LogMel
 from lightning_echat.decoding import DecodingConfig, generate
 from lightning_echat.evaluation.chat import read_waveform
 from lightning_echat.evaluation.judging import construct
+from lightning_echat.evaluation.recognisers import HuggingFaceEmotionRecogniser
 from lightning_echat.evaluation.scores import file_name
 from lightning_echat.metrics import parse_answer
-from lightning_echat.nn.weights import load_trained
+from lightning_echat.nn.weights import checkpoint_hash, load_trained
 from lightning_echat.tokens.tasks import DialogueTask
 
 RECOGNISERS: dict[str, str] = {
@@ -64,12 +65,15 @@ def hear_replies(audio: Sequence[Path | None], recogniser: EmotionRecogniser, *,
     known: dict[str, str | None] = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None for path in audio]
     new = {digest: path for digest, path in zip(digests, audio, strict=True) if digest and digest not in known}
-    for digest, path in track(new.items(), description=recogniser.name, transient=True):
-        if path is not None:
-            known[digest] = recogniser.hear(path)
-    if new:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, content=known)
+    try:
+        for digest, path in track(new.items(), description=recogniser.name, transient=True):
+            if path is not None:
+                known[digest] = recogniser.hear(path)
+    finally:
+        # Also after Ctrl-C: an hour of listening is not done again.
+        if new:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, content=known)
     return [known[digest] if digest else None for digest in digests]
 
 
@@ -96,8 +100,7 @@ class UnderstandingRecogniser:
         self._task = DialogueTask(kind="transcribe_and_label", labels=labels)
         self._decoding = DecodingConfig(max_text_ids=max_text_ids)
         self._log_mel = LogMel(mel_bins=self._trained.tokens.mel_bins)
-        digest = hashlib.sha256(str(self._trained.path.resolve()).encode()).hexdigest()[:8]
-        self.name = f"understanding-{digest}-step{self._trained.step}"
+        self.name = f"understanding-{checkpoint_hash(self._trained.path)[:8]}-step{self._trained.step}"
 
     def hear(self, path: Path) -> str | None:
         """The emotion that the checkpoint names."""
@@ -113,22 +116,18 @@ class AudioClassifier:
     """Any audio-classification model of the Hugging Face hub or of a folder, by transformers; no remote code runs.
 
     Args:
-        model: Its name or folder.
+        model: Its name or folder; `labels.json` in a folder maps its labels to ours.
         revision: Of the hub.
     """
 
     def __init__(self, model: str, revision: str = "main") -> None:
-        from transformers import pipeline
-
-        try:
-            self._classify = pipeline("audio-classification", model=model, revision=revision)
-        except (OSError, ValueError) as error:
-            said = (str(error).splitlines() or ["?"])[0]
-            raise UserError(f"cannot load the audio classifier {model!r}: {said}") from error
-        self.name = f"hf-{model}-{revision}"
+        self._recogniser = HuggingFaceEmotionRecogniser(model, revision=revision)
+        folder = Path(model)
+        # A folder by its content: it may be moved, and another model may take its place.
+        which = (folder.name, checkpoint_hash(folder)[:8]) if folder.is_dir() else (model, revision)
+        self.name = "-".join(["hf", *which])
 
     def hear(self, path: Path) -> str | None:
-        """The likeliest class, in lower case, as the model names it."""
-        waveform = read_waveform(path)
-        found = self._classify({"raw": waveform.numpy(), "sampling_rate": 16_000}, top_k=1)
-        return str(found[0]["label"]).lower() if found else None
+        """The likeliest label."""
+        shares = self._recogniser.distributions([read_waveform(path)], sample_rate=SAMPLE_RATE)[0]
+        return self._recogniser.labels[int(shares.argmax())]

@@ -12,9 +12,11 @@ import jinja2
 import numpy as np
 
 from lightning_echat.evaluation.items import CATEGORIES
+from lightning_echat.evaluation.pages import write_html
 from lightning_echat.evaluation.records import AnswerRecord
 from lightning_echat.evaluation.report_plots import Series, draw_curves, draw_reliability, draw_scores
 from lightning_echat.evaluation.run_folder import RunFolder, read_run
+from lightning_echat.evaluation.summary import systems_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -51,25 +53,17 @@ def write_report(run_dir: Path, *, out: Path | None = None) -> Path:
     """
     run = read_run(run_dir)
     target = out or run_dir / "report.html"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(figure=_figure, percent=_percent, score=_score, duration=_duration)
-    page = environment.get_template("report.html").render(**_page_content(run))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
-    return target
+    filters = {"figure": _figure, "percent": _percent, "score": _score, "duration": _duration}
+    return write_html(target, TEMPLATES / "report.html", _page_content(run), filters=filters)
 
 
 def _page_content(run: RunFolder) -> dict[str, Any]:
     """Everything that the template shows."""
     report = run.report
     empathy = report.get("empathy") or {}
-    systems = {"model": empathy, **(empathy.get("controls") or {})} if empathy else {}
+    systems = systems_of(empathy) if empathy else {}
     return {
-        "name": run.path.resolve().name,
+        "title": run.path.resolve().name,
         "report": report,
         "other_facts": {key: value for key, value in report.items() if key not in _SECTIONS},
         "categories": CATEGORIES,

@@ -49,7 +49,7 @@ def draw_scores(scores: Mapping[str, Mapping[str, Sequence[float | None]]], *, n
     axes = figure.add_subplot()
     width = 0.8 / max(len(scores), 1)
     for index, (system, by_category) in enumerate(scores.items()):
-        label: str | None = system
+        label: str | None = system.replace("_", " ")
         for place, category in enumerate(CATEGORIES):
             mean, low, high = by_category.get(category) or (None, None, None)
             if mean is None:
@@ -60,11 +60,12 @@ def draw_scores(scores: Mapping[str, Mapping[str, Sequence[float | None]]], *, n
             if low is not None and high is not None:
                 axes.errorbar(x, mean, [[mean - low], [high - mean]], color=_INK, capsize=3, linewidth=1.1)
     axes.set_xticks(range(len(CATEGORIES)), CATEGORIES)
-    axes.set_ylim(0, 112)
+    axes.set_ylim(0, 104)
     axes.set_yticks(range(0, 101, 20))
     _dress(figure, axes)
     if axes.patches:
-        axes.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=4, loc="upper right")
+        # Outside the axes: scores may reach the top anywhere.
+        figure.legend(fontsize=8, frameon=False, labelcolor=_INK, ncols=4, loc="outside lower center")
     return _as_svg(figure, name=name)
 
 

@@ -21,7 +21,7 @@ from lightning_echat.evaluation.items import CATEGORIES
 from lightning_echat.evaluation.judging import Judge, make_judge
 from lightning_echat.evaluation.records import read_records, rescore_records
 from lightning_echat.evaluation.scores import file_name, judges_of
-from lightning_echat.evaluation.summary import summarize, summarize_empathy, write_report_json
+from lightning_echat.evaluation.summary import summarize, summarize_empathy, systems_of, write_report_json
 
 ANSWERS = "evaluation"
 """Folder of the answers in a run folder."""
@@ -107,7 +107,7 @@ def _print_table(empathy: Mapping[str, Any]) -> None:
     table.add_column("", no_wrap=True)
     for category in CATEGORIES:
         table.add_column(category)
-    systems = {"model": empathy, **empathy["controls"]}
+    systems = systems_of(empathy)
     for name, found in systems.items():
         table.add_row(name.replace("_", " "), *(_interval(found[category]) for category in CATEGORIES))
     console = Console()

@@ -70,9 +70,16 @@ def summarize_empathy(
     controls: Mapping[str, Sequence[AnswerRecord]],
     seed: int,
 ) -> dict[str, Any]:
-    """Scores by category with intervals, the same for each control, and the paired difference from it."""
+    """Scores by category with intervals, by source too; the same of each control, and the paired difference from it."""
     judge = _only_judge([*records, *(record for answers in controls.values() for record in answers)])
     summary = {"judge": judge, "items": len(records), **_category_scores(records, seed=seed)}
+    sources = list(dict.fromkeys(record.item.source for record in records))
+    if len(sources) > 1:
+        parts = {source: [record for record in records if record.item.source == source] for source in sources}
+        summary["by_source"] = {
+            source or "not named": {"items": len(part), **_category_scores(part, seed=seed)}
+            for source, part in parts.items()
+        }
     summary["controls"] = {
         name: {
             "items": len(answers),
@@ -82,6 +89,12 @@ def summarize_empathy(
         for name, answers in controls.items()
     }
     return summary
+
+
+def systems_of(empathy: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Name -> scores of everything that stands in the table: the model, the model by source, its controls."""
+    by_source = {f"model, {source}": found for source, found in (empathy.get("by_source") or {}).items()}
+    return {"model": empathy, **by_source, **(empathy.get("controls") or {})}
 
 
 def summarize_speech(records: Sequence[AnswerRecord]) -> dict[str, Any]:

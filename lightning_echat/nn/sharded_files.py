@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from lightning_echat.contracts import UserError
 
 _METADATA = ".metadata"
-_REST = "meta.pt"
+REST = "meta.pt"
+"""File of what is no tensor."""
 _WEIGHTS = "state_dict."
 _TRUSTED = {
     *(
@@ -51,13 +52,13 @@ _TRUSTED = {
 
 def is_sharded(path: Path) -> bool:
     """Whether `path` is a whole sharded checkpoint."""
-    return (path / _METADATA).is_file() and (path / _REST).is_file()
+    return (path / _METADATA).is_file() and (path / REST).is_file()
 
 
 def check_sharded(path: Path) -> None:
     """Refuse a folder that is no checkpoint, is not whole, or whose index holds anything but an index."""
     if not is_sharded(path):
-        raise UserError(f"{path} is no checkpoint: a sharded one is a folder with {_METADATA} and {_REST}")
+        raise UserError(f"{path} is no checkpoint: a sharded one is a folder with {_METADATA} and {REST}")
     metadata = _read_metadata(path)
     files = {getattr(where, "relative_path", None) for where in (metadata.storage_data or {}).values()}
     for file in sorted(str(file) for file in files if file):
@@ -75,7 +76,7 @@ def read_sharded(path: Path, *, optimizer: bool = False) -> dict[str, Any]:
     """
     check_sharded(path)
     with _told(path):
-        rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
+        rest = torch.load(path / REST, map_location="cpu", weights_only=True)
         index = _read_metadata(path)
         flat: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

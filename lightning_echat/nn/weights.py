@@ -7,6 +7,7 @@ folders hold safetensors: nothing in either is executed.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import pickle
 from collections.abc import Sequence, Sized
@@ -50,6 +51,16 @@ def latest_checkpoint(path: str | Path) -> Path:
     # Lightning writes last-v1.ckpt where an earlier run has left a last.ckpt.
     last = [c for c in found if c.name.startswith("last")]
     return max(last or found, key=lambda c: c.stat().st_mtime_ns)
+
+
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 of a checkpoint file, or of all files of a folder that is one. Reads all of it."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -27,8 +27,14 @@ from lightning_echat.nn.echat_model import EChatModel, NetworkConfig
 from lightning_echat.nn.trainable_parts import frozen_in_eval, set_trainable
 from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
-from lightning_echat.parallel import check_same_batch, compile_blocks, reshard, sharded
-from lightning_echat.stages.resuming import own_random_state, random_state, recount_batches, restore_random_state
+from lightning_echat.parallel import check_same_batch, compile_blocks, data_share, reshard, sharded
+from lightning_echat.stages.resuming import (
+    own_random_state,
+    random_state,
+    recount_batches,
+    restore_random_state,
+    set_random_state,
+)
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -115,6 +121,9 @@ class EChatStage(L.LightningModule):
         if self.model is not None:
             return
         strategy = sharded(self._trainer)
+        if strategy is not None:
+            # Each rank draws its part of the weights: what several hold must begin alike, whatever their seeds.
+            set_random_state(strategy.broadcast(random_state()), strategy.root_device)
         # No rank of a sharded run ever holds the whole: it gets its shards first and their values after.
         deferred = DeferredInit() if strategy is not None else None
         with deferred or nullcontext():
@@ -282,13 +291,16 @@ class EChatStage(L.LightningModule):
         """Store what is needed to build the network again, as plain values."""
         assert self.model is not None
         checkpoint["echat"] = stored_settings(self.tokens, self.network, self.model)
-        checkpoint["random_states"] = gathered(random_state())
+        # Of each share of the data: ranks that compute a batch together drop the same of it.
+        _, shares = data_share(self.trainer)
+        checkpoint["random_states"] = gathered(random_state())[:: self.trainer.world_size // shares]
         checkpoint["accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep this rank's random state until training starts, as what comes before draws too; begin a whole window."""
+        """Keep the share's random state until training starts, as what comes before draws too; begin a whole window."""
         recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
-        self._random_state = own_random_state(checkpoint, rank=self.global_rank, world_size=self.trainer.world_size)
+        share, shares = data_share(self.trainer)
+        self._random_state = own_random_state(checkpoint, share=share, shares=shares)
 
     def _validate(self, batch: PackedBatch) -> TokenLoss:
         return self._losses(batch)[1]

@@ -31,6 +31,13 @@ def recount_batches(checkpoint: dict[str, Any], *, accumulate: int) -> None:
         counts.update(ready=batches, started=batches, processed=batches, completed=batches - after_step)
 
 
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Have torch's generators on this rank go on from a state of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def random_state() -> dict[str, Tensor]:
     """Of torch's generators on this rank."""
     state = {"cpu": torch.get_rng_state()}
@@ -39,15 +46,13 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
-def own_random_state(checkpoint: Mapping[str, Any], *, rank: int, world_size: int) -> Mapping[str, Tensor] | None:
-    """This rank's of the `random_states` that a checkpoint keeps, None where it was written by other ranks."""
+def own_random_state(checkpoint: Mapping[str, Any], *, share: int, shares: int) -> Mapping[str, Tensor] | None:
+    """That of a share of the data, of the `random_states` in a checkpoint; None where it was written by other shares."""
     states = checkpoint.get("random_states", [])
-    return states[rank] if len(states) == world_size else None
+    return states[share] if len(states) == shares else None
 
 
 def restore_random_state(state: Mapping[str, Tensor] | None, device: torch.device) -> None:
-    """Go on drawing dropout and noise as the run would have."""
+    """Go on drawing dropout and noise as the run would have, where the data is dealt out in as many shares."""
     if state is not None:
-        torch.set_rng_state(state["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], device)
+        set_random_state(state, device)

@@ -70,7 +70,7 @@ class _VoiceStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's random state until training starts, as what comes before draws too."""
         recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
-        self._random_state = own_random_state(checkpoint, rank=self.global_rank, world_size=self.trainer.world_size)
+        self._random_state = own_random_state(checkpoint, share=self.global_rank, shares=self.trainer.world_size)
 
     def on_train_start(self) -> None:
         """Go on drawing where the checkpoint stands."""

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lightning_echat.contracts import UserError
+from lightning_echat.evaluation.pages import write_html
 from lightning_echat.studies.importance import importance, summary
 from lightning_echat.studies.sweep_results import (
     best_trial,
@@ -59,17 +58,9 @@ def write_page(folder: Path, *, out: Path | None = None) -> Path:
         UserError: What the folder holds cannot be read.
     """
     title, lead, parts = _sweep_page(folder) if (folder / "sweep.json").is_file() else _study_page(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     shown = [part for part in parts if not part.empty]
-    page = environment.get_template("page.html").render(title=title, lead=lead, parts=shown)
-    target = out or folder / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.tmp")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
-    return target
+    content = {"title": title, "lead": lead, "parts": shown}
+    return write_html(out or folder / "report.html", _TEMPLATES / "page.html", content)
 
 
 def _study_page(folder: Path) -> tuple[str, list[str], list[Part]]:

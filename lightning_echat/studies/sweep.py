@@ -31,7 +31,7 @@ from lightning_echat.recipes.step_run import (
 from lightning_echat.studies.page import write_page
 from lightning_echat.studies.run_steps import last_line, log_file
 from lightning_echat.studies.search import Search, Trial
-from lightning_echat.studies.sweep_file import Resolve, SweepFile, check_with_parser, load_sweep
+from lightning_echat.studies.sweep_file import Resolve, SweepFile, check_with_parser, doubt_about_metric, load_sweep
 from lightning_echat.studies.sweep_results import write_sweep_results
 from lightning_echat.studies.sweep_table import shown
 from lightning_echat.studies.trial_metrics import metric_history
@@ -76,7 +76,9 @@ def sweep(
         raise UserError(f"--trials is missing: a {file.content['method']} search has no end of its own")
     out = out or Path("runs/sweeps") / path.stem
     console = Console(highlight=False)
-    check_with_parser(file, resolve=resolve, scratch=out)
+    settings = check_with_parser(file, resolve=resolve, scratch=out)
+    if doubt := doubt_about_metric(file, settings):
+        console.print(doubt, markup=False, soft_wrap=True)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     run = SweepRun(file, out, run_command=run_command, seed=seed, log=console)
     try:

@@ -21,11 +21,13 @@ import yaml
 
 from lightning_echat.contracts import UserError
 from lightning_echat.studies.search import schema_violations
+from lightning_echat.tracking.metric_table import METRICS, metric_of
 
 Resolve = Callable[[list[str]], Any]
 """Words of a command -> all its settings, defaults included; raises what a user can mend."""
 
 _MACROS = ("${args}", "${args_no_equals}", "${args_json_file}")
+_BETTER = {"minimize": "lower", "maximize": "higher"}
 _EXPONENTS = ("log_uniform", "q_log_uniform", "inv_log_uniform")
 
 
@@ -251,3 +253,19 @@ def _check_metric(sweep: SweepFile, settings: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, list(sets), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(sets)}"
         raise UserError(f"{sweep.path}: metric {sweep.metric!r}: no validation set {name!r}{hint}")
+    documented = metric_of(sweep.metric)
+    if documented and documented.better and documented.better != _BETTER[sweep.goal]:
+        raise UserError(
+            f"{sweep.path}: metric {sweep.metric!r}: {documented.better} is better, but goal is {sweep.goal}"
+        )
+
+
+def doubt_about_metric(sweep: SweepFile, settings: Mapping[str, Any]) -> str:
+    """What to tell about a metric that no table has: it may be a callback's of the user's own, or misspelt."""
+    if not sweep.metric or metric_of(sweep.metric):
+        return ""
+    sets = ((settings.get("data") or {}).get("init_args") or {}).get("validation") or {}
+    known = [key for metric in METRICS for key in metric.expanded(list(sets))]
+    near = difflib.get_close_matches(sweep.metric, known, n=1, cutoff=0.8)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    return f"{sweep.path}: metric {sweep.metric!r} is none of docs/metrics.md{hint}; a trial that does not log it fails"

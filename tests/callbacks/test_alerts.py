@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
+from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.alerts import Alerts
+from lightning_echat import cli
 from tests.callbacks.fakes import FakeData, FakeStage, make_batch, make_trainer
+from tests.wandb_stub import running_stub
 
 
 class Diverging(FakeStage):
@@ -59,6 +63,36 @@ def test_skipped_data_is_told_once_it_is_more_than_its_share(tmp_path, caplog):
     fit(tmp_path, FakeStage(), Alerts(skip_share=0.05, samples_to_judge=30), health=health)
     (line,) = told(caplog)
     assert line.startswith("Data is skipped: 3 of 30 samples were skipped, most for 'no turns'")
+
+
+class Unlucky(FakeStage):
+    """Its second step stands still and gives no number."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", float("nan") if self.global_step >= 1 else 1.0)
+        time.sleep(0.6 if self.global_step == 1 else 0.0)
+        return self.weight(torch.ones(1, 4)).sum()
+
+
+def test_alerts_of_a_run_offline_reach_w_and_b_with_the_sync(tmp_path, monkeypatch):
+    with running_stub() as stub:
+        for name, value in {**stub.environment(tmp_path), "WANDB_MODE": "offline"}.items():
+            monkeypatch.setenv(name, value)
+        wandb.teardown()
+        alerts = Alerts(stall_minutes=0.2 / 60, skip_share=0.05, samples_to_judge=30)
+        batches = [make_batch(health={"read": 10, "kept": 8, "skipped/no turns": 2}) for _ in range(4)]
+        logger = WandbLogger(project="p", save_dir=tmp_path)
+        make_trainer(tmp_path, alerts, logger=logger).fit(Unlucky(), datamodule=FakeData(train=batches))
+        wandb.finish()
+        wandb.teardown()
+        assert stub.alerts == []
+        cli.main(["sync", str(tmp_path)])
+        assert sorted(alert["title"] for alert in stub.alerts) == [
+            "Data is skipped",
+            "Loss is not a number",
+            "Run stands still",
+        ]
+        assert {alert["severity"] for alert in stub.alerts} == {"WARN"}
 
 
 def test_a_run_that_goes_well_says_nothing(tmp_path, caplog):

@@ -20,6 +20,7 @@ import yaml
 from lightning_echat.testing import tiny_network_config
 from lightning_echat.tokens.dialogue_template import TokensConfig
 from tests.ranks import free_port
+from tests.slurm_stub import SlurmStub, filled_in
 from tests.tiny_training import recorded
 
 ROOT = Path(__file__).parents[2]
@@ -136,55 +137,35 @@ def test_two_launches_as_on_two_nodes_train_as_one(tmp_path, tokens, calm):
     assert recorded(tmp_path / "nodes")[0] == pytest.approx(recorded(calm)[0], rel=1e-6)
 
 
-SRUN = """#!/bin/bash
-# Stands in for SLURM's: two tasks on this machine.
-for task in 0 1; do
-  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids="$pids $!"
-done
-echo $pids > "$TASKS"
-status=0
-for pid in $pids; do wait $pid || status=$?; done
-exit $status
-"""
-ECHAT = """#!/bin/bash
-exec {python} -c 'from lightning_echat.cli import main; main()' "$@"
-"""
-SCONTROL = """#!/bin/bash
-echo "$@" >> "$REQUEUED"
+ECHAT = f"""#!/bin/bash
+exec {sys.executable} -c 'from lightning_echat.cli import main; main()' "$@"
 """
 
 
-def test_a_slurm_job_that_is_preempted_saves_goes_back_into_the_queue_and_ends_as_if_undisturbed(
+def test_a_slurm_job_whose_time_is_over_saves_goes_back_into_the_queue_and_ends_as_if_undisturbed(
     tmp_path, tokens, calm
 ):
-    """The batch script itself, with stand-ins for SLURM's commands."""
-    for name, text in (("srun", SRUN), ("echat", ECHAT.format(python=sys.executable)), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    signals = {"class_path": "tests.tiny_training.TermOnce", "init_args": {"mark": str(tmp_path / "mark")}}
-    config = write_config(tmp_path / "job", tokens, signals, num_nodes=1, devices=2)
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "echat", "SLURM_NNODES": "1", "SLURM_NODELIST": "127.0.0.1"}
-    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port())}
-    files = {"TASKS": str(tmp_path / "tasks"), "REQUEUED": str(tmp_path / "requeued")}
-    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    words = ["bash", str(ROOT / "experiments/trainer/slurm.sbatch"), "--config", str(config)]
-    tries = [
-        subprocess.run(
-            words,
-            cwd=ROOT,
-            env=environment(**job, **files, PATH=path, MASTER_ADDR="127.0.0.1"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        for _ in range(2)
-    ]
-    assert [each.returncode for each in tries] == [143, 0], [each.stderr[-2000:] for each in tries]
-    assert "SIGTERM: finishing the step, then saving" in tries[0].stderr
-    assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
-    # It was told in its second step.
-    assert recorded(tmp_path / "job")[0] == recorded(calm)[0][2:]
+    """The batch script itself, two nodes of one task each; the tasks get the signal that the script asks for."""
+    wait = {"class_path": "tests.tiny_training.WaitOnce", "init_args": {"mark": str(tmp_path / "mark")}}
+    config = write_config(tmp_path / "run", tokens, wait, num_nodes=2, devices=1)
+    slurm = SlurmStub(tmp_path / "slurm", environment(MASTER_PORT=str(free_port())), {"echat": ECHAT})
+    script = filled_in(ROOT / "experiments/trainer/slurm.sbatch", tmp_path / "job", nodes=2, ntasks_per_node=1)
+    marks = [tmp_path / f"mark{rank}" for rank in (0, 1)]
+
+    def in_the_third_step() -> bool:
+        return all(mark.exists() for mark in marks)
+
+    def go_on() -> None:
+        for mark in marks:
+            mark.unlink()
+
+    codes = slurm.sbatch(script, "--config", str(config), ends_soon=in_the_third_step, then=go_on, within=300)
+    assert codes == [143, 0], "\n".join(slurm.said(start)[-2000:] for start in range(len(codes)))
+    assert slurm.said(0).count("SIGTERM: finishing the step, then saving") == 1
+    # The step in which the signal came was finished and saved.
+    assert recorded(tmp_path / "run")[0] == recorded(calm)[0][3:]
+    for name, tensor in recorded(calm)[1].items():
+        assert torch.equal(recorded(tmp_path / "run")[1][name], tensor), name
 
 
 def ip(words: str) -> None:
@@ -255,6 +236,8 @@ def test_a_host_that_is_cut_off_and_comes_back_trains_on_as_if_nothing_had_been(
         gave_up = ("waited in vain", "was left alone")
         logged = lambda: [log.read_text() for log in logs.values()]  # noqa: E731
         until(lambda: all(any(say in log for say in gave_up) for log in logged()), within=90, else_say=said)
+        ip("-n echatB link set echatB0 up")
+        until(lambda: all(run.poll() is not None for run in runs), within=240, else_say=said)
     finally:
         for run in runs:
             if run.poll() is None:

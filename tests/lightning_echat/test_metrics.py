@@ -109,6 +109,16 @@ def test_a_missing_transcript_is_all_deletions() -> None:
     assert metrics.compute()["wer"] == 1.0
 
 
+def test_thinking_that_cannot_be_read_has_deleted_every_word_and_the_parse_rate_beside_it_tells() -> None:
+    asked = DialogueReference(key="k", task="speech_to_text.label_thinking", transcript="one two", labels={})
+    unread = GeneratedReply(
+        reference=asked, text_ids=[], text="la la la", speech_codes=torch.zeros(0), finished=True, timings={}
+    )
+    metrics = UnderstandingMetrics()
+    metrics.update([asked], [parse_answer(unread)])
+    assert metrics.compute() == {"wer": 1.0, "think_parse_rate": 0.0}
+
+
 def test_what_has_no_data_is_absent_and_not_zero() -> None:
     metrics = UnderstandingMetrics()
     labels = {"emotion": "sad", "age": "old"}

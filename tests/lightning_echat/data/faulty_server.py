@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.local_server import LocalServer, QuietHandler
 
-class FaultyServer(ThreadingHTTPServer):
+
+class FaultyServer(LocalServer):
     """Attributes say how it fails; it serves as it should where they are left alone.
 
     Attributes:
@@ -24,10 +22,8 @@ class FaultyServer(ThreadingHTTPServer):
         requests: Path -> how often it was asked for.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.folder = folder
         self.faults: list[str] = []
         self.every = 0
@@ -35,14 +31,9 @@ class FaultyServer(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.tag = "one"
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: FaultyServer
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.close_connection = True
@@ -58,13 +49,10 @@ class _Handler(BaseHTTPRequestHandler):
         data = path.read_bytes()
         start = self._start(len(data))
         if start is None:
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(data)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.answer(416, headers={"Content-Range": f"bytes */{len(data)}"})
             return
         self._head(len(data), start)
-        self._body(data[start:], fault)
+        self._send(data[start:], fault)
 
     def _start(self, size: int) -> int | None:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -80,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size - start))
         self.end_headers()
 
-    def _body(self, data: bytes, fault: str) -> None:
+    def _send(self, data: bytes, fault: str) -> None:
         if self.server.every:
             data = data[: self.server.every]
         if fault:
@@ -92,19 +80,3 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(2.0)
         except OSError:
             pass
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[FaultyServer]:
-    server = FaultyServer(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from tests.local_server import LocalServer, QuietHandler
 
-class S3Server(ThreadingHTTPServer):
+
+class S3Server(LocalServer):
     """One bucket for each folder in `folder`.
 
     Attributes:
@@ -20,22 +18,15 @@ class S3Server(ThreadingHTTPServer):
         reads: Keys of the objects that were read, with the range asked for.
     """
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.folder = folder
         self.failures = 0
         self.reads: list[tuple[str, str]] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: S3Server
-    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self._serve(with_body=False)
@@ -48,28 +39,28 @@ class _Handler(BaseHTTPRequestHandler):
         bucket, _, key = unquote(address.path).lstrip("/").partition("/")
         if not key:
             query = {name: values[0] for name, values in parse_qs(address.query).items()}
-            self._answer(200, self._listing(bucket, query), {"Content-Type": "application/xml"})
+            self.answer(200, self._listing(bucket, query), {"Content-Type": "application/xml"})
             return
         path = self.server.folder / bucket / key
         if not path.is_file():
-            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>" if with_body else b"", {})
+            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>" if with_body else b"")
             return
         data = path.read_bytes()
         headers = {"ETag": f'"{len(data)}-{path.stat().st_mtime_ns}"', "Last-Modified": self.date_time_string(0)}
         if not with_body:
-            self._answer(200, b"", headers, length=len(data))
+            self.answer(200, headers={**headers, "Content-Length": str(len(data))})
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         self.server.reads.append((key, asked[0] if asked else ""))
         if self.server.failures:
             self.server.failures -= 1
-            self._answer(500, b"<Error><Code>InternalError</Code></Error>", {})
+            self.answer(500, b"<Error><Code>InternalError</Code></Error>")
         elif asked:
             start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-            self._answer(206, data[start : end + 1], headers)
+            self.answer(206, data[start : end + 1], headers)
         else:
-            self._answer(200, data, headers)
+            self.answer(200, data, headers)
 
     def _listing(self, bucket: str, query: dict[str, str]) -> bytes:
         """ListObjectsV2 of everything that begins with a prefix, folders in one where there is a delimiter."""
@@ -90,26 +81,3 @@ class _Handler(BaseHTTPRequestHandler):
         common = "".join(f"<CommonPrefixes><Prefix>{escape(f)}</Prefix></CommonPrefixes>" for f in sorted(folders))
         counted = f"<KeyCount>{len(keys) + len(folders)}</KeyCount><IsTruncated>false</IsTruncated>"
         return f"<ListBucketResult><Name>{bucket}</Name>{counted}{entries}{common}</ListBucketResult>".encode()
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str], *, length: int | None = None) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body) if length is None else length)}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def serving_s3(folder: Path) -> Iterator[S3Server]:
-    server = S3Server(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

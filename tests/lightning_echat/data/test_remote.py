@@ -14,7 +14,7 @@ from lightning_echat.data.shards import ShardPart, below, expand_shards, read_sa
 from lightning_echat.data.verify import verify
 from lightning_echat.testing import write_dummy_shards
 from tests.lightning_echat.data.data_helpers import members, write_tar
-from tests.lightning_echat.data.faulty_server import serving
+from tests.lightning_echat.data.faulty_server import FaultyServer
 
 QUICK = ShardAccess(timeout=0.3, attempts=8, backoff=0.001)
 
@@ -22,7 +22,7 @@ QUICK = ShardAccess(timeout=0.3, attempts=8, backoff=0.001)
 @pytest.fixture
 def server(tmp_path):
     folder = write_dummy_shards(tmp_path / "shards", shards=2, samples_per_shard=6)
-    with serving(folder) as running:
+    with FaultyServer(folder) as running:
         yield running
 
 

@@ -7,7 +7,7 @@ from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.remote import ShardAccess
 from lightning_echat.data.shards import ShardPart, expand_shards, read_shard
 from lightning_echat.testing import write_dummy_shards
-from tests.lightning_echat.data.s3_server import serving_s3
+from tests.lightning_echat.data.s3_server import S3Server
 from tests.lightning_echat.data.stream_helpers import digests, keys, some, source, training
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is the extra s3")
@@ -21,7 +21,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     # botocore would try five times by itself, and be slow about it.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with serving_s3(tmp_path) as server:
+    with S3Server(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         s3fs.S3FileSystem.clear_instance_cache()
         yield server

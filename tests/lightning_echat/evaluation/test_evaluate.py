@@ -248,10 +248,13 @@ def test_controls_stand_in_the_same_table_and_what_is_skipped_is_counted(tmp_pat
     assert report["items_skipped"]["dialogues"] == {"unreadable audio": 1}
     assert report["items_skipped"]["neutral_voice"] == {}
     assert set(report["understanding"]["by_source"]) == {"held-out voices", "unseen voice types"}
-    shuffled = read_records(tmp_path / "evaluation" / "shuffled_audio.jsonl")
-    assert {record.item.key: record.heard_key for record in shuffled} == {
-        "item-0": "item-2", "item-1": "item-3", "item-3": "item-0", "item-4": "item-1",
+    replies = report["empathy"]["by_source"]
+    assert {name: found["items_in_category"]["emotion"] for name, found in replies.items()} == {
+        "unseen voice types": 2, "held-out voices": 2,
     }  # fmt: skip
+    shuffled = read_records(tmp_path / "evaluation" / "shuffled_audio.jsonl")
+    assert all(record.heard_key not in ("", record.item.key, "item-4") for record in shuffled)
+    assert len({record.heard_key for record in shuffled}) == 4
     oracle = read_records(tmp_path / "evaluation" / "label_oracle.jsonl")
     for record in oracle:
         assert record.text.startswith(f"<think>words: {record.item.transcript} ; age: <old> ; gender: <male>")
@@ -279,6 +282,19 @@ def test_neutral_voices_are_what_the_control_hears(tmp_path, checkpoint, own_ite
     # Asked in this order: understanding, dialogue, oracle, neutral voice.
     understanding, dialogue, oracle, neutral = heard["item-0"]
     assert understanding == dialogue == oracle != neutral
+
+
+def test_the_neutral_voice_is_asked_where_only_some_items_bring_one(tmp_path, checkpoint, own_items):
+    path = Path(own_items[0].shards[0])
+    rows = [json.loads(line) for line in path.read_text().splitlines()[:4]]
+    del rows[0]["neutral_audio"]
+    some = path.with_name("some.jsonl")
+    some.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = replace(CONTROLS, batch=4, controls=("neutral_voice",))
+    evaluate(checkpoint, [EvaluationSet(name="some", shards=[str(some)])], tmp_path, questions=asked)
+    report = report_of(tmp_path)
+    assert report["empathy"]["controls"]["neutral_voice"]["items"] == 3
+    assert report["items_skipped"]["neutral_voice"] == {"no neutral voice": 1}
 
 
 def test_a_control_that_cannot_be_asked_is_left_out_and_says_why(tmp_path, checkpoint, sets):
@@ -324,7 +340,7 @@ def test_scoring_again_needs_no_model_and_keeps_the_other_judge(tmp_path, checkp
         score(tmp_path / "nowhere")
 
 
-def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, checkpoint, sets, speaking):
+def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, checkpoint, sets, speaking, capsys):
     evaluate(checkpoint, sets[:1], tmp_path / "a", questions=QUESTIONS)
     evaluate(checkpoint, [replace(sets[0], max_items=3)], tmp_path / "b", questions=QUESTIONS)
     path = tmp_path / "b" / "evaluation" / "scores" / "rubric_echat_en_v1" / "dialogues.jsonl"
@@ -334,6 +350,7 @@ def test_two_runs_are_compared_over_the_items_that_both_answered(tmp_path, check
         row["score"]["by_category"] = {"gender": 40.0}
     path.write_text("\n".join([header, *map(json.dumps, rows)]) + "\n")
     compare([tmp_path / "a", tmp_path / "b"], out=tmp_path / "compare.json")
+    assert "nan" not in (said := capsys.readouterr().out) and "no data" in said
     found = json.loads((tmp_path / "compare.json").read_text())["replies"]["gender"]
     assert (found["items"], found["only_in_one"]) == (3, 2)
     assert found["second"] == 40.0

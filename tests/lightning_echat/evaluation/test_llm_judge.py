@@ -13,9 +13,11 @@ from lightning_echat.evaluation.llm_judge import REQUESTS, LLMJudge
 from tests.lightning_echat.evaluation.chat_server import (
     ChatServer,
     breaks_json,
+    completion,
     is_slow,
     refuses,
     says,
+    send,
     truncates,
 )
 
@@ -222,3 +224,60 @@ def test_a_listening_judge_is_told_the_emotion_heard_and_scores_the_voice(tmp_pa
     assert score is not None and score.per_dimension["voice"] == 50.0
     assert listening.name.endswith("hears stub")
     assert (Stub.heard, len(server.bodies)) == (1, 1)
+
+
+def test_the_line_about_unread_answers_says_how_many_were_cut_and_where_they_are(tmp_path, capsys):
+    cut = completion("")
+    cut["choices"][0]["finish_reason"] = "length"
+    with ChatServer(
+        [lambda handler, _: send(handler, 200, json.dumps(cut).encode()), says("no")], then=says(GOOD)
+    ) as s:
+        judge(s, concurrency=1).score_all(replies(3), folder=tmp_path)
+        again = judge(s, concurrency=1).score_all(replies(3), folder=tmp_path)
+    assert [score is None for score in again] == [True, True, False]
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "could not be read" in line]
+    assert first == second
+    assert "2 of 3 answers could not be read, 1 of them cut at 512 tokens (max_reply_tokens)" in first
+    assert first.endswith(REQUESTS)
+
+
+def test_what_a_model_thinks_aloud_before_its_answer_is_no_part_of_it(tmp_path):
+    with ChatServer(then=says(f'<think>\nscores like {{"content": 2}}?\n</think>\n{GOOD}')) as server:
+        (score,) = judge(server).score_all(replies(1), folder=tmp_path)
+    assert score is not None and score.total == 56.25
+
+
+def test_keys_that_a_server_wants_are_sent_and_named_and_others_are_left_out(tmp_path):
+    with ChatServer(then=says(GOOD)) as server:
+        asking = judge(server, request={"max_tokens": None, "max_completion_tokens": 99})
+        asking.score_all(replies(1), folder=tmp_path)
+        assert asking.name != judge(server).name
+    assert "max_tokens" not in server.bodies[0] and server.bodies[0]["max_completion_tokens"] == 99
+
+
+@pytest.mark.parametrize(("status", "hint"), [(400, "argument request"), (403, "OPENAI_API_KEY"), (404, "up to /v1")])
+def test_a_refusal_says_what_may_be_wrong(tmp_path, status, hint):
+    with ChatServer(then=refuses(status, "no")) as server, pytest.raises(UserError, match=hint):
+        judge(server).score_all(replies(1), folder=tmp_path)
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path, capsys, monkeypatch):
+    """Noting the third answer is interrupted, as by a user; the two before are not asked again."""
+    with ChatServer(then=says(GOOD)) as server:
+        asking = judge(server, concurrency=1)
+        endpoint = asking._endpoint_for(tmp_path)
+        note, noted = endpoint._note, []
+
+        def interrupted(*arguments):
+            if len(noted) == 2:
+                raise KeyboardInterrupt
+            noted.append(arguments)
+            note(*arguments)
+
+        monkeypatch.setattr(endpoint, "_note", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asking.score_all(replies(9), folder=tmp_path)
+        assert "stopped; 2 of 9 answers came and are kept in" in capsys.readouterr().err
+        before = len(server.bodies)
+        assert all(judge(server).score_all(replies(9), folder=tmp_path))
+        assert len(server.bodies) - before == 7

@@ -17,31 +17,9 @@ from lightning_echat.evaluation.recognisers import PocketsphinxRecogniser, open_
 from lightning_echat.evaluation.resynthesis import resynthesis
 from lightning_echat.evaluation.speech_quality import SpeakerSimilarity
 from lightning_echat.nn.token2wav.kmeans import fit_kmeans, log_mel_blocks
+from tests.lightning_echat.evaluation.tiny_recognisers import save_emotion_model, save_features, sizes
 
 WAVEFORM = 0.1 * torch.sin(torch.arange(8_000) / 5)
-
-
-def sizes() -> dict[str, Any]:
-    return {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "conv_dim": (16, 16),
-        "conv_kernel": (10, 3),
-        "conv_stride": (5, 4),
-        "num_feat_extract_layers": 2,
-        "num_conv_pos_embedding_groups": 2,
-        "num_conv_pos_embeddings": 4,
-        "feat_extract_norm": "layer",
-        "do_stable_layer_norm": True,
-    }
-
-
-def features(folder: Path) -> None:
-    from transformers import Wav2Vec2FeatureExtractor
-
-    Wav2Vec2FeatureExtractor(sampling_rate=8_000, return_attention_mask=True).save_pretrained(folder)
 
 
 @pytest.fixture
@@ -56,25 +34,13 @@ def speech_model(tmp_path: Path) -> Path:
     torch.nn.init.zeros_(model.lm_head.weight)
     model.lm_head.bias.data = torch.tensor([0.0, 0.0, 0.0, 0.0, 9.0])
     model.save_pretrained(tmp_path)
-    features(tmp_path)
+    save_features(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def emotion_model(tmp_path: Path) -> Path:
-    from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
-
-    folder = tmp_path / "emotions"
-    torch.manual_seed(0)
-    labels = {0: "ANGRY", 1: "FROH", 2: "JOY"}
-    model = Wav2Vec2ForSequenceClassification(
-        Wav2Vec2Config(**sizes(), id2label=labels, label2id={v: k for k, v in labels.items()})
-    )
-    torch.nn.init.zeros_(model.classifier.weight)
-    model.classifier.bias.data = torch.tensor([1.0, 0.0, 0.0]).log_softmax(0)
-    model.save_pretrained(folder)
-    features(folder)
-    return folder
+    return save_emotion_model(tmp_path / "emotions")
 
 
 def test_a_hugging_face_model_hears_at_its_own_rate(speech_model: Path) -> None:
@@ -107,7 +73,7 @@ def test_speakers_are_compared_by_the_cosine_of_their_embeddings(tmp_path: Path)
         **sizes(), tdnn_dim=(16, 16, 16), tdnn_kernel=(5, 3, 1), tdnn_dilation=(1, 1, 1), xvector_output_dim=8
     )
     Wav2Vec2ForXVector(config).save_pretrained(tmp_path)
-    features(tmp_path)
+    save_features(tmp_path)
     similarity = SpeakerSimilarity(str(tmp_path))
     noise = 0.1 * torch.randn(8_000)
     assert similarity([(WAVEFORM, WAVEFORM)], sample_rate=16_000) == pytest.approx(1.0, abs=1e-5)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_echat.cli import resolve
 from lightning_echat.studies.plan import plan_study
 from lightning_echat.studies.study_file import load_study
 from lightning_echat.studies.sweep_file import check_with_parser, load_sweep
+from lightning_echat.tracking.metric_table import metric_of
 
 ROOT = Path(__file__).parents[3]
 STUDIES = sorted(path for path in (ROOT / "experiments/ablations").glob("*.yaml") if "variants:" in path.read_text())
@@ -34,6 +36,19 @@ def test_every_study_can_be_planned(path: Path) -> None:
     study = load_study(path, seeds=[0])
     plan = plan_study(study, resolve=resolve)
     assert len({run.steps["evaluation"] for run in plan.runs}) == len(study.variants)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_optimizes_a_documented_metric_in_its_direction_on_a_set_of_its_experiment(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    name, goal = sweep["metric"]["name"], sweep["metric"]["goal"]
+    documented = metric_of(name)
+    assert documented is not None and goal == {"lower": "minimize", "higher": "maximize"}[documented.better]
+    files = [Path(word) for word in sweep["command"] if str(word).startswith("experiments/")]
+    experiments = [yaml.safe_load(file.read_text()) for file in files]
+    sets = [content.get("data", {}).get("init_args", {}).get("validation", {}) for content in experiments]
+    assert name.split("/")[1] in {key for found in sets for key in found}
+    assert f"echat sweep sweeps/{path.name}" in path.read_text()
 
 
 @pytest.mark.slow

@@ -169,6 +169,7 @@ def test_a_killed_sweep_continues_its_trials() -> None:
         ({"metric": {"name": "val/dev/loss"}}, "goal is minimize or maximize, not None"),
         ({"metric": {"name": "val/dve/loss", "goal": "minimize"}}, "no validation set 'dve'; did you mean 'dev'?"),
         ({"metric": {"name": "loss", "goal": "minimize"}}, "keys read split/what"),
+        ({"metric": {"name": "val/dev/wer", "goal": "maximize"}}, "lower is better, but goal is maximize"),
         ({"method": "guess"}, "sweep.yaml: "),
         ({"program": "train.py"}, "give program: echat"),
         ({"command": ["${env}", "${program}", "fit"]}, "no trial would get its parameters"),
@@ -182,6 +183,15 @@ def test_a_mistake_is_found_before_the_first_trial(change: dict[str, Any], messa
         run(trials=2)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not Path("out/sweep.json").exists()
+
+
+def test_a_metric_of_no_table_is_doubted_and_yet_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    """A callback of one's own may log it."""
+    write_sweep(metric={"name": "val/dev/loss/texts", "goal": "minimize"})
+    with pytest.raises(SystemExit):
+        run(trials=1)
+    doubt = "metric 'val/dev/loss/texts' is none of docs/metrics.md, did you mean 'val/dev/loss/text'?"
+    assert doubt in capsys.readouterr().out
 
 
 def test_whole_ranges_that_are_meant_are_taken() -> None:

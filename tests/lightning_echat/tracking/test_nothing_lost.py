@@ -17,6 +17,7 @@ from lightning_echat.tracking.defaults import WANDB_DEFAULTS
 from tests.ranks import run_on_ranks
 from tests.tiny_experiment import write_experiment
 from tests.wandb_log import pieces, read_piece, records
+from tests.wandb_stub import running_stub
 
 ROOT = Path(__file__).parents[3]
 LOGS_FOREVER = """
@@ -32,7 +33,7 @@ while True:
 """
 
 
-def test_sigkill_loses_at_most_the_last_second(tmp_path):
+def test_sigkill_loses_at_most_the_last_second_and_the_rest_can_be_sent(tmp_path, monkeypatch):
     """The process and W&B's own service are killed together, as when a machine goes down."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"WANDB_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(ROOT)}
@@ -50,6 +51,13 @@ def test_sigkill_loses_at_most_the_last_second(tmp_path):
     times = [value for _, value in read_piece(records(path)).series("time")]
     # Half a second more than W&B promises, for a machine that is busy.
     assert killed_at - times[-1] < 1.5
+    with running_stub() as stub:
+        for name, value in {**stub.environment(tmp_path), "WANDB_DATA_DIR": str(tmp_path / "data")}.items():
+            monkeypatch.setenv(name, value)
+        main(["sync", str(tmp_path)])
+        (run,) = stub.runs.values()
+        assert run.series("time") == times and len(times) > 10
+        assert stub.unknown == []
 
 
 def _fit(config: str, environment: dict[str, str]) -> None:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from lightning_echat.tokens.dialogue_template import TokensConfig
 from tests.tiny_experiment import write_experiment
+from tests.wandb_commands import stopping_early, wandb_command
 from tests.wandb_stub import WandbStub, running_stub
 
-ROOT = Path(__file__).parents[3]
 # As a file: Lightning starts further ranks by the name of the program.
 ECHAT = str(Path(sys.executable).with_name("echat"))
 pytestmark = pytest.mark.slow
@@ -29,24 +25,6 @@ pytestmark = pytest.mark.slow
 def stub() -> Iterator[WandbStub]:
     with running_stub() as server:
         yield server
-
-
-def wandb_command(stub: WandbStub, folder: Path, *words: str) -> str:
-    """Run one of W&B's commands in a folder; everything that it says."""
-    environment = {**os.environ, **stub.environment(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "wandb", *words]
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        said, _ = process.communicate(timeout=400)
-    finally:
-        # An agent that is killed leaves its trials behind.
-        for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
-            child.kill()
-        process.kill()
-    assert process.returncode == 0, said
-    return said
 
 
 def sweep(stub: WandbStub, folder: Path, config: Path, **settings: Any) -> str:
@@ -88,22 +66,9 @@ def test_a_trial_that_is_stopped_early_saves_and_reads_stopped(
     tmp_path, tokens: TokensConfig, stub: WandbStub, devices: int
 ):
     config = write_experiment(tmp_path / "talk", tokens, devices=devices, max_steps=100_000)
-    done = threading.Event()
-
-    def stop_early() -> None:
-        while not done.wait(0.2):
-            run = stub.runs.get("sweep1-0")
-            if run is not None and len(run.series("train/loss")) >= 3:
-                stub.stop.add(run.name)
-
-    watcher = threading.Thread(target=stop_early)
-    watcher.start()
     began = time.monotonic()
-    try:
+    with stopping_early(stub, "train/loss", after=3):
         said = sweep(stub, tmp_path, config, run_cap=1)
-    finally:
-        done.set()
-        watcher.join()
     run = stub.runs["sweep1-0"]
     assert (run.summary["ended"], run.exit_code) == ("stopped", 255), said
     assert (tmp_path / "talk" / "sweep1-0" / "checkpoints" / "last.ckpt").exists()
