@@ -47,7 +47,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def own_random_state(checkpoint: Mapping[str, Any], *, share: int, shares: int) -> Mapping[str, Tensor] | None:
-    """That of a share of the data, of the `random_states` in a checkpoint; None where it was written by other shares."""
+    """That of a share of the data among the `random_states` of a checkpoint; None where there were other shares."""
     states = checkpoint.get("random_states", [])
     return states[share] if len(states) == shares else None
 
