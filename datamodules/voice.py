@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
-import torch
-from lightning import LightningDataModule
-
+from datamodules.resumable import ResumableDataModule, pins
 from lightning_echat.contracts import UserError
+from lightning_echat.data.loader import TrainingLoader
+from lightning_echat.data.mixture import SourceConfig
 from lightning_echat.data.remote import ShardAccess
 from lightning_echat.data.shards import below
 from lightning_echat.data.voice_stream import VoiceLoader, VoiceReadingConfig, VoiceStream
+from lightning_echat.data.voice_training import VoiceTrainingStream
 
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class VoiceSource:
-    """Shards, as what records a run's provenance looks for them."""
-
-    shards: list[str]
-
-
-class VoiceDataModule(LightningDataModule):
+class VoiceDataModule(ResumableDataModule):
     """Streams the assistant's utterances. Training never ends by itself: give `trainer.max_steps`.
-
-    A run that is resumed draws its utterances in another order than one that was not interrupted.
 
     Attributes:
         codebook_size: Set by a stage that knows only so many codes; a larger one ends the run.
+        speaker_size: Set by a stage that takes speaker embeddings of that size; one of another size ends the run.
     """
 
     def __init__(
@@ -65,36 +57,34 @@ class VoiceDataModule(LightningDataModule):
             max_skip_share: Share of unusable utterances past which the run stops.
             access: How shards behind a URL are reached, and where they are cached.
         """
-        super().__init__()
+        super().__init__(num_workers=num_workers)
         self.sample_rate, self.code_rate = sample_rate, code_rate
-        self.train = [VoiceSource(shards=[below(root, pattern) for pattern in train])] if train else []
+        shards = [below(root, pattern) for pattern in train or []]
+        self.train = [SourceConfig(name="voice", shards=shards, tasks=[])] if shards else []
         self.validation = {
             name: [below(root, pattern) for pattern in patterns] for name, patterns in (validation or {}).items()
         }
         self.rows, self.segment_codes, self.max_seconds, self.shuffle = rows, segment_codes, max_seconds, shuffle
-        self.num_workers, self.seed, self.max_skip_share = num_workers, seed, max_skip_share
+        self.seed, self.max_skip_share = seed, max_skip_share
         self.access = access or ShardAccess()
         self.codebook_size: int | None = None
-        self.train_loader: VoiceLoader | None = None
+        self.speaker_size = 0
 
     @property
     def validation_names(self) -> list[str]:
         """Names of the validation sets, in the order of Lightning's `dataloader_idx`."""
         return list(self.validation)
 
-    def train_dataloader(self) -> VoiceLoader:
-        """This rank's share of the training utterances, again and again."""
+    def train_dataloader(self) -> TrainingLoader:
+        """This rank's share of the training utterances, from where a checkpoint or the loader before stands."""
         if not self.train:
             raise UserError("data.train names no shards")
-        step = self.trainer.global_step if self.trainer else 0
-        stream = VoiceStream(self._reading(), shards=self.train[0].shards, training=True, salt=str(step))
-        self.train_loader = VoiceLoader(stream, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
-        return self.train_loader
+        return self.resumed_loader(VoiceTrainingStream(self._reading(), source=self.train[0]))
 
     def val_dataloader(self) -> list[VoiceLoader]:
         """One loader a validation set."""
-        streams = [VoiceStream(self._reading(), shards=shards, training=False) for shards in self.validation.values()]
-        return [VoiceLoader(s, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()) for s in streams]
+        streams = [VoiceStream(self._reading(), shards=shards) for shards in self.validation.values()]
+        return [VoiceLoader(stream, num_workers=self.num_workers, pin_memory=pins()) for stream in streams]
 
     def teardown(self, stage: str) -> None:
         """Say what could not be used."""
@@ -106,13 +96,13 @@ class VoiceDataModule(LightningDataModule):
             sample_rate=self.sample_rate,
             code_rate=self.code_rate,
             codebook_size=self.codebook_size,
+            speaker_size=self.speaker_size,
             rows=self.rows,
             segment_codes=self.segment_codes,
             max_seconds=self.max_seconds,
             shuffle=self.shuffle,
             max_skip_share=self.max_skip_share,
             seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            **self.share(),
             access=self.access,
         )

@@ -55,6 +55,7 @@ class Turn:
             On an assistant turn "emotion" is the emotion of the reply.
         thinking: On an assistant turn, the natural-language thinking that precedes it (without markers).
             The label form is composed from the labels and is never stored.
+        speaker_embedding: [size] float32 of the voice that says it, or None where nobody computed one.
     """
 
     role: Literal["user", "assistant"]
@@ -64,6 +65,7 @@ class Turn:
     speech_codes: Tensor | None = None
     labels: dict[str, str] = field(default_factory=dict)
     thinking: str | None = None
+    speaker_embedding: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,10 +135,11 @@ class DialogueReference:
 
 @dataclass(slots=True)
 class Utterance:
-    """[codes] int64 and the [samples] float32 that they stand for."""
+    """[codes] int64, the [samples] float32 that they stand for, and the [size] embedding of the voice, if known."""
 
     codes: Tensor
     waveform: Tensor
+    speaker: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -304,17 +307,22 @@ class VoiceBatch:
         code_lengths: [B] int64.
         waveforms: [B, samples] float32 in [-1, 1] at the rate that was asked for, 0 after the end.
         lengths: [B] int64 samples.
+        speakers: [B, size] float32 embeddings of the voices, 0 where one is not known; None where none is.
         health: What the reader counted since its previous batch (see `PackedBatch`).
+        position: See `PackedBatch`.
     """
 
     codes: Tensor
     code_lengths: Tensor
     waveforms: Tensor
     lengths: Tensor
+    speakers: Tensor | None = None
     health: dict[str, int] = field(default_factory=dict)
+    position: Any = None
 
     def pin_memory(self) -> VoiceBatch:
         """Pin every tensor in place; torch's loader calls this, as it does not walk dataclasses."""
-        for name in ("codes", "code_lengths", "waveforms", "lengths"):
-            setattr(self, name, getattr(self, name).pin_memory())
+        for name in ("codes", "code_lengths", "waveforms", "lengths", "speakers"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.pin_memory())
         return self

@@ -257,10 +257,12 @@ class Generation:
         boundary = self._tokenizer.vocabulary.codebook_size
         if wrong := [code for code in self._config.silence_codes if not 0 <= code < boundary]:
             raise UserError(f"decoding.silence_codes: {wrong[0]} is no speech code; they are 0 to {boundary - 1}")
-        exempt = {"speech": (*self._config.silence_codes, boundary)}
         return {
             phase: RepetitionWindow(
-                len(self.writers), self._config.sampling(phase), exempt=exempt.get(phase, ()), device=self._device
+                len(self.writers),
+                self._config.sampling(phase),
+                exempt=self._config.silence_codes if phase == "speech" else (),
+                device=self._device,
             )
             for phase in PHASES
             if self._config.sampling(phase).repetition_penalty > 1

@@ -82,8 +82,8 @@ def choose(logits: Tensor, config: SamplingConfig, uniforms: Tensor | None = Non
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """[R, V] with zeros outside the fewest best ids that hold `top_p`; the best one always stays."""
     ordered, places = probabilities.sort(1, descending=True)
+    # What is before an id; nothing is before the best one, and `top_p` is above 0.
     outside = ordered.cumsum(1) - ordered >= top_p
-    outside[:, 0] = False
     return probabilities.masked_fill(torch.zeros_like(outside).scatter(1, places, outside), 0.0)
 
 

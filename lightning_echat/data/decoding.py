@@ -263,6 +263,7 @@ def _turn(entry: dict[str, Any], number: int) -> Turn:
         speech_codes=_codes(entry),
         labels=_labels(entry, role),
         thinking=_field(entry, "thinking", str),
+        speaker_embedding=_speaker_embedding(entry),
     )
 
 
@@ -284,6 +285,18 @@ def _codes(entry: dict[str, Any]) -> Tensor | None:
     if codes and (set(map(type, codes)) != {int} or min(codes) < 0 or max(codes) >= 2**31):
         raise SampleRejected("bad speech codes", "codes are integers from 0")
     return id_tensor(codes)
+
+
+def _speaker_embedding(entry: dict[str, Any]) -> Tensor | None:
+    values = _field(entry, "speaker_embedding", list)
+    if values is None:
+        return None
+    if not values or not set(map(type, values)) <= {int, float}:
+        raise SampleRejected("bad speaker embedding", "it is a list of numbers")
+    embedding = torch.tensor(values, dtype=torch.float32)
+    if not bool(embedding.isfinite().all()):
+        raise SampleRejected("bad speaker embedding", "its values are finite")
+    return embedding
 
 
 def _audio_bytes(entry: dict[str, Any], members: Mapping[str, bytes]) -> bytes | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
-from typing import NamedTuple
 
 from lightning_echat.contracts import DialogueSample, SampleRejected, TokenizedDialogue, Utterance
 from lightning_echat.data.augmentation import AugmentationConfig
@@ -14,7 +13,7 @@ from lightning_echat.data.clip_features import ClipFeatures
 from lightning_echat.data.decoding import ParsedDialogue, parse_dialogue, with_audio
 from lightning_echat.data.read_errors import SkipCounter
 from lightning_echat.data.remote import LOCAL, ShardAccess
-from lightning_echat.data.shards import ShardPart, read_samples, read_shard
+from lightning_echat.data.shard_reader import PlacedDialogue, ShardReader
 from lightning_echat.data.tar_samples import StoredSample
 from lightning_echat.data.utterances import UtteranceConfig, read_utterance
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
@@ -51,48 +50,17 @@ class ReadingConfig:
     utterances: UtteranceConfig | None = None
 
 
-class PlacedDialogue(NamedTuple):
-    """A dialogue up to one of its exchanges, with its place in the shard."""
-
-    ordinal: int
-    exchange: int
-    parsed: ParsedDialogue
-
-
-class DialogueReader:
+class DialogueReader(ShardReader):
     """Stored dialogues to tokenized ones. Holds what is built once: tokenizer, filter bank, counters."""
 
     def __init__(self, config: ReadingConfig, *, augmentation: AugmentationConfig | None = None) -> None:
+        super().__init__(access=config.access, max_skip_share=config.max_skip_share)
         self.config = config
-        self.counter = SkipCounter()
         self.tokenizer = DialogueTokenizer.from_config(config.tokens)
         self.padding = self.tokenizer.vocabulary.padding
         self._features = ClipFeatures(
             mel_bins=config.tokens.mel_bins, on_device=config.mels_on_device, augmentation=augmentation
         )
-
-    def parse(
-        self, part: ShardPart, *, source: str, start: int = 0, counter: SkipCounter | None = None
-    ) -> Iterator[PlacedDialogue]:
-        """The dialogues of a shard, history expanded, audio still encoded; unusable ones are counted in `counter`.
-
-        Args:
-            part: Which shard, and which of its dialogues.
-            source: Goes into the dialogues.
-            start: Place in the shard to begin at.
-            counter: In place of the reader's own.
-        """
-        counter = self.counter if counter is None else counter
-        stored = None
-        for stored in read_shard(part, start=start, counter=counter, access=self.config.access):
-            yield from self._exchanges(stored, source, counter)
-        if stored is None and start == part.part == 0:
-            counter.notice("empty shard", shard=part.path)
-
-    def parse_again(self, shard: str, ordinals: Collection[int], *, source: str) -> Iterator[PlacedDialogue]:
-        """The dialogues at certain places of a shard, as `parse` yields them."""
-        for stored in read_samples(shard, sorted(ordinals), counter=self.counter, access=self.config.access):
-            yield from self._exchanges(stored, source, self.counter)
 
     def _exchanges(self, stored: StoredSample, source: str, counter: SkipCounter) -> Iterator[PlacedDialogue]:
         try:
@@ -153,10 +121,6 @@ class DialogueReader:
             as_stored=self.config.mels_on_device,
         )
         return self._features.with_mels(sample, heard, random=random)
-
-    def _skip(self, error: SampleRejected, counter: SkipCounter, *, shard: str, key: str) -> None:
-        counter.reject(error, shard=shard, key=key)
-        counter.check(max_share=self.config.max_skip_share)
 
 
 def heard_turns(sample: DialogueSample, task: DialogueTask) -> list[int]:

@@ -17,6 +17,7 @@ from lightning_echat.data.batch_memory import HandedBatch
 from lightning_echat.data.batching import collate
 from lightning_echat.data.ranks import Ranks
 from lightning_echat.data.read_errors import NOTICED, SkipCounter
+from lightning_echat.data.resumable_stream import ResumableStream
 from lightning_echat.data.stream_items import StreamEnd, StreamFailure, StreamHealth
 from lightning_echat.data.stream_state import Position
 from lightning_echat.data.training_stream import TrainingStream
@@ -88,12 +89,12 @@ class PredictionBatches:
 
 
 class TrainingLoader(WorkerLoader):
-    """Training batches that carry the position after them; it goes on from any of those.
+    """Training batches, packed or of utterances, that carry the position after them; it goes on from any of those.
 
     Iterating again goes on after the last batch handed out; what workers had prepared beyond it is read once more.
 
     Args:
-        stream: The mixture.
+        stream: The mixture, or the utterances.
         num_workers: Reading processes; 0 reads in this one.
         ranks: The processes of the job.
         position: Where to begin, None for the beginning.
@@ -104,12 +105,12 @@ class TrainingLoader(WorkerLoader):
         position: After the last batch handed out.
     """
 
-    stream: TrainingStream
+    stream: ResumableStream
     position: Position
 
     def __init__(
         self,
-        stream: TrainingStream,
+        stream: ResumableStream,
         *,
         num_workers: int,
         ranks: Ranks | None = None,
@@ -123,14 +124,14 @@ class TrainingLoader(WorkerLoader):
         self._padding = 0
         self.position = position or stream.start(workers=self._workers)
 
-    def __iter__(self) -> Iterator[PackedBatch]:  # type: ignore[override]  # torch names its own iterator class
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
         """Batches from `position` on: without end, or to the end of a pass over sources that are not repeated."""
         batches = self._own_batches()
         for batch in self._in_step(batches) if self.stream.finite else batches:
             self.position = batch.position
             yield batch
 
-    def _own_batches(self) -> Iterator[PackedBatch]:
+    def _own_batches(self) -> Iterator[Any]:
         """This rank's batches, to the end of its last worker."""
         position = self.stream.position = self.position
         ended: set[int] = set()
@@ -177,6 +178,7 @@ class TrainingLoader(WorkerLoader):
         return batch
 
     def _empty_batch(self, position: Position) -> PackedBatch:
+        assert isinstance(self.stream, TrainingStream), "only a mixture ends"
         batch = collate([], padding=self._padding, mel_bins=self.stream.config.tokens.mel_bins)
         batch.health = {f"{NOTICED}step without a sample": 1}
         self.health.merge(batch.health)

@@ -16,9 +16,9 @@ import numpy as np
 
 from lightning_echat.contracts import UserError
 from lightning_echat.data.decoding import ParsedDialogue
-from lightning_echat.data.dialogue_stream import DialogueReader
 from lightning_echat.data.mixture import SourceConfig
 from lightning_echat.data.shard_deal import Place, ShardOrder, Work
+from lightning_echat.data.shard_reader import ShardReader
 from lightning_echat.data.shards import ShardPart
 
 _BARREN_ROUNDS = 4
@@ -93,7 +93,7 @@ def unpack_refs(data: bytes, *, width: int) -> list[tuple[int, ...]]:
 
 
 def read_refs(
-    refs: Iterable[SampleRef], reader: DialogueReader, *, source: SourceConfig, shards: list[str]
+    refs: Iterable[SampleRef], reader: ShardReader, *, source: SourceConfig, shards: list[str]
 ) -> dict[tuple[int, int, int], ParsedDialogue]:
     """The dialogues that a checkpoint refers to. Reads only the shards they are in, and counts nothing.
 
@@ -143,7 +143,7 @@ class SourceReader:
         self,
         source: SourceConfig,
         shards: list[str],
-        reader: DialogueReader,
+        reader: ShardReader,
         *,
         order: ShardOrder,
         consumer: int,
@@ -162,6 +162,11 @@ class SourceReader:
         self._barren = 0
         self._buffer: list[Drawn] = []
         self._stored = self._read()
+
+    @property
+    def draws(self) -> int:
+        """Dialogues drawn so far."""
+        return self._draws
 
     def state(self) -> SourceState:
         """What goes on from here."""
@@ -194,7 +199,8 @@ class SourceReader:
             self._barren = self._barren + 1 if self._place.ordinal < 0 else 0
             self._place = Place(self._place.item + 1)
             if self._barren >= limit:
-                raise UserError(f"source {self.source.name!r} holds no usable sample: {self._reader.counter.summary()}")
+                summary = self._reader.counter.summary()
+                raise UserError(f"source {self.source.name!r} holds no usable sample: {summary}{self._reader.remedy}")
 
     def _read_part(self, work: Work) -> Iterator[Drawn]:
         item, ordinal, exchange = self._place

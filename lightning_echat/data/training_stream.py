@@ -1,4 +1,4 @@
-"""Training batches: one worker's as a state machine, and the dataset that runs it in torch's worker processes.
+"""Training batches from a mixture of sources: one worker's as a state machine, and the stream of all of them.
 
 Every draw follows from the seed and from what is drawn: the task and the augmentation of a dialogue from where it is
 stored and from its epoch, the order of shards from the epoch, a draw from a buffer from its number. So a state is made
@@ -7,13 +7,9 @@ of numbers and references, and whoever has it goes on exactly.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from os.path import commonprefix
 from random import Random
-
-from torch.utils.data import IterableDataset, get_worker_info
 
 from lightning_echat.contracts import PackedBatch, TokenizedDialogue, UserError
 from lightning_echat.data.augmentation import AugmentationConfig
@@ -21,11 +17,11 @@ from lightning_echat.data.batching import Window, pack_rows
 from lightning_echat.data.decoding import ParsedDialogue
 from lightning_echat.data.dialogue_stream import DialogueReader, ReadingConfig
 from lightning_echat.data.mixture import Mixture, MixtureUnit, SourceConfig
-from lightning_echat.data.shard_deal import Deal, ShardOrder, parts_for
-from lightning_echat.data.shards import expand_shards
+from lightning_echat.data.resumable_stream import ResumableStream, digest
+from lightning_echat.data.shard_deal import ShardOrder
 from lightning_echat.data.source_reader import SampleRef, SourceReader, gone, held_refs, join_refs, pack_ref, read_refs
-from lightning_echat.data.stream_items import StreamEnd, StreamFailure
-from lightning_echat.data.stream_state import Position, Waiting, WorkerState, waiting_refs
+from lightning_echat.data.stream_items import StreamEnd
+from lightning_echat.data.stream_state import Waiting, WorkerState, waiting_refs
 
 _UNUSABLE_IN_A_ROW = 1000
 """Dialogues of one source rejected without a usable one between them before the run stops."""
@@ -84,6 +80,10 @@ class TrainingWorker:
         batch = pack_rows(rows, padding=self._reader.padding, mel_bins=self._stream.config.tokens.mel_bins)
         batch.health = self._reader.counter.take()
         return batch
+
+    def end(self, number: int) -> StreamEnd:
+        """What is handed over when there is no next batch."""
+        return StreamEnd(number, self._reader.counter.take(), self._reader.padding)
 
     def state(self) -> WorkerState:
         """What goes on after the last batch. Costs 0.2 ms with the buffers of the defaults."""
@@ -150,7 +150,7 @@ class TrainingWorker:
         return self._reader.tokenize(parsed, self._tasks[entry.source][entry.task], random=random)
 
 
-class TrainingStream(IterableDataset[PackedBatch]):
+class TrainingStream(ResumableStream):
     """Batches from a mixture of sources; endless as long as one of them is repeated.
 
     Args:
@@ -158,10 +158,9 @@ class TrainingStream(IterableDataset[PackedBatch]):
         sources: The mixture.
         mixture_by: What its weights share out.
         augmentation: Altering of mels.
-
-    Attributes:
-        position: Where the next pass over the stream begins; set by the loader.
     """
+
+    config: ReadingConfig
 
     def __init__(
         self,
@@ -171,41 +170,15 @@ class TrainingStream(IterableDataset[PackedBatch]):
         mixture_by: MixtureUnit = "samples",
         augmentation: AugmentationConfig | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.sources = list(sources)
-        self.shards = [expand_shards(source.shards, access=config.access) for source in sources]
+        super().__init__(config, sources=sources)
         self.mixture_by: MixtureUnit = mixture_by
         self.augmentation = augmentation
-        self.position: Position | None = None
 
-    @property
-    def finite(self) -> bool:
-        """Whether the stream ends."""
-        return not any(source.repeat for source in self.sources)
-
-    def seed_of(self, source: SourceConfig) -> str:
-        """What every draw of a source is seeded with."""
-        return f"{self.config.seed}/{source.name}"
-
-    def start(self, *, workers: int, passes: int = 0) -> Position:
-        """Where a pass begins, with that many workers a rank."""
-        consumers = self.config.world_size * workers
-        deals = tuple(Deal(parts=parts_for(len(shards), consumers), epoch=passes) for shards in self.shards)
-        return Position(deals=deals, workers=(None,) * workers, passes=passes)
-
-    def orders(self, deals: Sequence[Deal], *, consumers: int) -> list[ShardOrder]:
-        """The sequence of work of each source."""
-        return [
-            ShardOrder(
-                deal,
-                num_shards=len(self.shards[place]),
-                consumers=consumers,
-                seed=self.seed_of(source),
-                repeat=source.repeat,
-            )
-            for place, (source, deal) in enumerate(zip(self.sources, deals, strict=True))
-        ]
+    def worker(self, *, consumer: int, orders: Sequence[ShardOrder], state: WorkerState | None) -> TrainingWorker:
+        """See `ResumableStream`."""
+        # A worker's own reader: tokenizers do not travel between processes.
+        reader = DialogueReader(self.config, augmentation=self.augmentation)
+        return TrainingWorker(self, reader, consumer=consumer, orders=orders, state=state)
 
     def made_by(self, *, workers: int) -> dict[str, str]:
         """Everything that decides the batches besides the number of ranks, as a user sets it -> its value."""
@@ -215,54 +188,10 @@ class TrainingStream(IterableDataset[PackedBatch]):
         settings |= {"data.augmentation": self.augmentation, "data.mixture_by": self.mixture_by}
         settings["names of the train sources"] = ", ".join(source.name for source in self.sources)
         settings |= {f"tokens.{name}": value for name, value in asdict(self.config.tokens).items()}
-        # A folder of shards may move. Character by character, as a path may be an address.
-        root = len(commonprefix([path.rpartition("/")[0] for shards in self.shards for path in shards]))  # noqa: RUF071
-        for source, shards in zip(self.sources, self.shards, strict=True):
-            listed = "\n".join(path[root:] for path in shards)
-            settings[f"list of shards of source {source.name!r}"] = f"{len(shards)} ({_digest(listed)})"
+        settings |= self.lists_of_shards()
+        for source in self.sources:
             settings |= {f"{name} of source {source.name!r}": getattr(source, name) for name in ("weight", "repeat")}
-            settings[f"tasks of source {source.name!r}"] = _digest(repr(source.tasks))
+            settings[f"tasks of source {source.name!r}"] = digest(repr(source.tasks))
         # Moved files are the same files, and validation changes no training batch.
         unimportant = ("tokens.tokenizer", "data.batching.validation_rows")
         return {name: str(value) for name, value in settings.items() if name not in unimportant}
-
-    def epochs(self, position: Position) -> dict[str, float]:
-        """How often each source has been read, as the mean over this rank's workers."""
-        workers = len(position.workers)
-        consumers = self.config.world_size * workers
-        first = self.config.rank * workers
-        means = {}
-        for place, order in enumerate(self.orders(position.deals, consumers=consumers)):
-            items = [places[place].item for places in position.places]
-            before = [order.epochs_before(item * consumers + first + number) for number, item in enumerate(items)]
-            means[self.sources[place].name] = sum(before) / workers
-        return means
-
-    def __iter__(self) -> Iterator[PackedBatch | StreamEnd | StreamFailure]:
-        """Batches of the worker that asks, each with (worker, state after it); a `StreamFailure` for a `UserError`."""
-        info = get_worker_info()
-        workers = info.num_workers if info else 1
-        position = self.position or self.start(workers=workers)
-        # Torch asks its worker 0 first; here the turn is that of whoever comes next.
-        number = ((info.id if info else 0) + position.next_worker) % workers
-        try:
-            # A worker's own reader: tokenizers do not travel between processes.
-            reader = DialogueReader(self.config, augmentation=self.augmentation)
-            worker = TrainingWorker(
-                self,
-                reader,
-                consumer=self.config.rank * workers + number,
-                orders=self.orders(position.deals, consumers=self.config.world_size * workers),
-                state=position.workers[number],
-            )
-            while (batch := worker.next_batch()) is not None:
-                batch.position = (number, worker.state())
-                yield batch
-            while True:
-                yield StreamEnd(number, reader.counter.take(), reader.padding)
-        except UserError as error:
-            yield StreamFailure(str(error))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

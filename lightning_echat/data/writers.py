@@ -89,6 +89,8 @@ def _describe_turn(turn: Turn, *, audio_name: str) -> dict[str, Any]:
         described["thinking"] = turn.thinking
     if turn.speech_codes is not None:
         described["codes"] = turn.speech_codes.tolist()
+    if turn.speaker_embedding is not None:
+        described["speaker_embedding"] = turn.speaker_embedding.tolist()
     return described
 
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from lightning_echat.contracts import SAMPLE_RATE, SampleRejected, UserError
 from lightning_echat.data.decoding import decode_waveform
 from lightning_echat.data.files import write_json
+from lightning_echat.evaluation.opinion_scores import DNSMOS, NISQA, ScriptedPredictor
 from lightning_echat.evaluation.recognisers import POCKETSPHINX, open_emotion_recogniser, open_recogniser
 from lightning_echat.evaluation.records import nan_as_none
 from lightning_echat.evaluation.speech_quality import (
-    DNSMOS,
-    ScriptedPredictor,
     SpeakerSimilarity,
     emotion_agreement,
     error_rates,
@@ -57,6 +56,7 @@ def evaluate_speech(
     emotion_recogniser: str | None = None,
     speaker_model: str | None = None,
     dnsmos: Path | None = None,
+    nisqa: Path | None = None,
     mos_model: Path | None = None,
     device: str = "cpu",
 ) -> None:
@@ -71,6 +71,7 @@ def evaluate_speech(
         emotion_recogniser: Name or folder of a Hugging Face audio classifier, or stage:RUN.
         speaker_model: Name or folder of a Hugging Face x-vector model, to compare with the references.
         dnsmos: Folder of the DNSMOS models.
+        nisqa: Folder of NISQA's weights.
         mos_model: TorchScript of another predictor of opinion scores, UTMOS for instance (docs/token2wav.md).
         device: For Hugging Face models.
     """
@@ -94,6 +95,8 @@ def evaluate_speech(
         figures["emotion"] = _emotions(emotion_recogniser, utterances, waveforms, device=device)
     if mos_model:
         figures["mos"] = ScriptedPredictor(mos_model)(waveforms, sample_rate=SAMPLE_RATE)
+    if nisqa:
+        figures["nisqa"] = NISQA(nisqa)(waveforms, sample_rate=SAMPLE_RATE)
     if dnsmos:
         figures["dnsmos"] = DNSMOS(dnsmos)(waveforms, sample_rate=SAMPLE_RATE)
     _tell(figures)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from lightning_echat.metrics import normalize_english
 from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
 
 _DECIBELS = 20 / math.log(10)
-_DNSMOS_FILES = ("DNSMOS/model_v8.onnx", "DNSMOS/sig_bak_ovr.onnx", "pDNSMOS/sig_bak_ovr.onnx")
-_DNSMOS_RATE = _MOS_RATE = 16_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,73 +198,6 @@ def emotion_agreement(
         rows = [row for row, other in enumerate(intended) if other == name]
         figures |= {f"mean/{name}/{label}": float(heard[rows, i].mean()) for i, label in enumerate(labels)}
     return figures
-
-
-class DNSMOS:
-    """Microsoft's predictor of how people would rate speech, through torchmetrics. It knows nothing of the text.
-
-    Args:
-        folder: Holds `DNSMOS/` and `pDNSMOS/` of the DNS challenge; nothing is downloaded.
-
-    Raises:
-        UserError: A file or the package is missing.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        missing = [name for name in _DNSMOS_FILES if not (folder / name).is_file()]
-        if missing:
-            raise UserError(f"DNSMOS needs {folder / missing[0]}; copy it from the repository of the DNS challenge")
-        try:
-            import librosa  # noqa: F401  # pyright: ignore[reportMissingImports]
-            import onnxruntime  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(f"DNSMOS: {error}; pip install 'lightning-echat[quality]'") from error
-        self._folder = folder
-
-    def __call__(self, waveforms: Sequence[Tensor], *, sample_rate: int) -> dict[str, float]:
-        """`p808`, `signal`, `background`, `overall`: means of what is predicted, on a scale of 1 to 5."""
-        from torchmetrics.functional.audio import dnsmos as implementation
-
-        # Its folder is a constant of the module, and where a file is missing it would download.
-        implementation.DNSMOS_DIR = str(self._folder)
-        rate = implementation.deep_noise_suppression_mean_opinion_score
-        scores = [rate(resample(w, sample_rate, _DNSMOS_RATE), _DNSMOS_RATE, personalized=False) for w in waveforms]
-        names = ("p808", "signal", "background", "overall")
-        return {name: _mean([float(score[i]) for score in scores]) for i, name in enumerate(names)}
-
-
-class ScriptedPredictor:
-    """Any predictor of a mean opinion score that was saved as TorchScript, UTMOS for one (docs/token2wav.md).
-
-    Args:
-        path: A module that takes [1, samples] float32 at 16 kHz and gives one number.
-
-    Raises:
-        UserError: It is no TorchScript.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._module = torch.jit.load(path, map_location="cpu").eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"mos_model {path}: {reason}; give a module saved by torch.jit.save") from error
-        self.path = path
-
-    @torch.no_grad()
-    def __call__(self, waveforms: Sequence[Tensor], *, sample_rate: int) -> float:
-        """Mean of what is predicted, NaN without any waveform."""
-        scores = []
-        for waveform in waveforms:
-            try:
-                score = self._module(resample(waveform, sample_rate, _MOS_RATE)[None])
-                scores.append(float(score))
-            except (RuntimeError, TypeError, ValueError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-                raise UserError(
-                    f"mos_model {self.path} does not turn [1, samples] at 16 kHz into one number: {reason}"
-                ) from error
-        return _mean(scores)
 
 
 class SpeakerSimilarity:

@@ -29,7 +29,13 @@ from lightning_echat.nn.weight_sources import read_pretrained
 from lightning_echat.nn.weights import load_from, stored_settings
 from lightning_echat.parallel import check_same_batch, compile_blocks, data_share, reshard, sharded
 from lightning_echat.stages.evaluated_sets import set_keys
-from lightning_echat.stages.resuming import random_state, recount_batches, set_random_state
+from lightning_echat.stages.resuming import (
+    own_random_state,
+    random_state,
+    recount_batches,
+    restore_random_state,
+    set_random_state,
+)
 from lightning_echat.tokens.dialogue_template import DialogueTokenizer, TokensConfig
 from lightning_echat.tokens.paralinguistics import LABEL_SETS
 
@@ -155,7 +161,8 @@ class EChatStage(L.LightningModule):
         self._window_tokens = None
         self.model.train()
         frozen_in_eval(self.model)
-        self._restore_random_state()
+        restore_random_state(self._random_state, self.device)
+        self._random_state = None
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """The summed loss of the batch. `on_before_optimizer_step` divides its gradient."""
@@ -310,15 +317,8 @@ class EChatStage(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the share's random state until training starts, as what comes before draws too; begin a whole window."""
         recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
-        states = checkpoint.get("random_states", [])
         share, shares = data_share(self.trainer)
-        self._random_state = states[share] if len(states) == shares else None
-
-    def _restore_random_state(self) -> None:
-        """Go on drawing dropout as the run would have, where the data is dealt out in as many shares."""
-        if self._random_state is not None:
-            set_random_state(self._random_state, self.device)
-            self._random_state = None
+        self._random_state = own_random_state(checkpoint, share=share, shares=shares)
 
     def _validate(self, batch: PackedBatch) -> TokenLoss:
         return self._losses(batch)[1]

@@ -82,7 +82,10 @@ class EmpathyStage(EChatStage):
         if hasattr(data := getattr(self.trainer, "datamodule", None), "utterances"):
             network = self.flow_config.network
             cast(Any, data).utterances = UtteranceConfig(
-                sample_rate=network.mel.sample_rate, code_rate=network.code_rate, codebook_size=network.codebook_size
+                sample_rate=network.mel.sample_rate,
+                code_rate=network.code_rate,
+                codebook_size=network.codebook_size,
+                speaker_size=network.speaker_size,
             )
 
     def configure_model(self) -> None:

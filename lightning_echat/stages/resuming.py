@@ -44,3 +44,15 @@ def random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def own_random_state(checkpoint: Mapping[str, Any], *, share: int, shares: int) -> Mapping[str, Tensor] | None:
+    """That of a share of the data among the `random_states` of a checkpoint; None where there were other shares."""
+    states = checkpoint.get("random_states", [])
+    return states[share] if len(states) == shares else None
+
+
+def restore_random_state(state: Mapping[str, Tensor] | None, device: torch.device) -> None:
+    """Go on drawing dropout and noise as the run would have, where the data is dealt out in as many shares."""
+    if state is not None:
+        set_random_state(state, device)

@@ -6,7 +6,7 @@ They are independent and may run side by side; `echat convert token2wav` joins w
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from lightning_echat.collectives import gathered
 from lightning_echat.contracts import UserError, VoiceBatch
 from lightning_echat.metrics import MeanTokenLoss
 from lightning_echat.nn.token2wav.discriminators import (
@@ -32,6 +33,7 @@ from lightning_echat.nn.token2wav.flow_matching import FlowConfig, FlowMatching
 from lightning_echat.nn.token2wav.mel import LogMelSpectrogram, MelConfig
 from lightning_echat.nn.token2wav.trained_parts import PartName, load_part, part_settings
 from lightning_echat.nn.token2wav.vocoder import HiFiGANVocoder, VocoderConfig
+from lightning_echat.stages.resuming import own_random_state, random_state, recount_batches, restore_random_state
 
 _MOST_SKIPPED = 50
 """Steps in a row whose gradient is not finite before a run stops."""
@@ -53,12 +55,27 @@ class _VoiceStage(L.LightningModule):
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
         self.init_from = init_from
         self._skipped_in_a_row = 0
+        self._random_state: Mapping[str, Tensor] | None = None
         self._validation_losses: dict[str, MeanTokenLoss] = {}
 
     def _check_rate(self, mel: MelConfig) -> None:
         rate = getattr(getattr(self.trainer, "datamodule", None), "sample_rate", mel.sample_rate)
         if rate != mel.sample_rate:
             raise UserError(f"data.init_args.sample_rate is {rate} and the mel's {mel.sample_rate}; they must agree")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what a run needs to go on with the noise and times that would have followed."""
+        checkpoint["random_states"] = gathered(random_state())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's random state until training starts, as what comes before draws too."""
+        recount_batches(checkpoint, accumulate=self.trainer.accumulate_grad_batches)
+        self._random_state = own_random_state(checkpoint, share=self.global_rank, shares=self.trainer.world_size)
+
+    def on_train_start(self) -> None:
+        """Go on drawing where the checkpoint stands."""
+        restore_random_state(self._random_state, self.device)
+        self._random_state = None
 
     def on_validation_epoch_start(self) -> None:
         """One running mean per validation set, on every rank alike."""
@@ -107,7 +124,7 @@ class _VoiceStage(L.LightningModule):
 
 
 class FlowStage(_VoiceStage):
-    """Trains codes to mel by flow matching. `train/loss` is the mean squared error of the velocity.
+    """Trains codes to mel by flow matching. `train/loss` is the mean squared error of what the flow `predicts`.
 
     Args:
         flow: Sizes.
@@ -130,10 +147,11 @@ class FlowStage(_VoiceStage):
         self.flow: FlowMatching | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another rate, and have it refuse codes that there is no embedding for."""
+        """Refuse data of another rate; have it refuse unknown codes and bring the embeddings that the flow takes."""
         self._check_rate(self.config.mel)
         if hasattr(data := getattr(self.trainer, "datamodule", None), "codebook_size"):
             cast(Any, data).codebook_size = self.config.codebook_size
+            cast(Any, data).speaker_size = self.config.speaker_size
 
     def configure_model(self) -> None:
         """Build the network; Lightning may call this more than once."""
@@ -167,7 +185,8 @@ class FlowStage(_VoiceStage):
         return [optimizer], schedulers
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is needed to build the network again."""
+        """Store what is needed to build the network again, and to go on."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["echat_token2wav"] = part_settings("flow", asdict(self.config))
 
     def _loss(self, batch: VoiceBatch, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -179,9 +198,10 @@ def flow_loss_sum(
     flow: FlowMatching, mel: LogMelSpectrogram, batch: VoiceBatch, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `FlowMatching.loss_sum`; `mel` makes the features that the flow writes."""
-    mels = mel(batch.waveforms)
+    mels = mel(batch.waveforms, batch.lengths)
     frames = (batch.lengths // mel.config.hop).clamp_max(mels.shape[1])
-    return flow.loss_sum(batch.codes, batch.code_lengths, mels, frames, generator=generator)
+    speakers = batch.speakers if flow.config.speaker_size else None
+    return flow.loss_sum(batch.codes, batch.code_lengths, mels, frames, speakers=speakers, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +311,8 @@ class VocoderStage(_VoiceStage):
         return [optimizer for optimizer, _ in parts], [s for _, schedulers in parts for s in schedulers]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is needed to build the generator again."""
+        """Store what is needed to build the generator again, and to go on."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["echat_token2wav"] = part_settings("vocoder", asdict(self.config))
 
     def _resynthesized(self, batch: VoiceBatch) -> tuple[Tensor, Tensor]:

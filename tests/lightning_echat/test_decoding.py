@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_echat import decoding
 from lightning_echat.contracts import IGNORE_INDEX, GeneratedReply, PackedBatch, UserError
 from lightning_echat.data.batching import collate
 from lightning_echat.decoding import DecodingConfig, Generation, extract_prompts, generate
 from lightning_echat.nn.echat_model import EChatModel
-from lightning_echat.sampling import SamplingConfig
+from lightning_echat.sampling import SamplingConfig, choose
 from lightning_echat.testing import dummy_batch, tiny_model
 from lightning_echat.tokens.speech_codes import SPEECH_CHUNK, TEXT_CHUNK
 from lightning_echat.tokens.tasks import ALL_TASK_NAMES, task_from_name
@@ -59,6 +60,14 @@ def test_packed_and_padded_batches_hold_the_same_prompts(tokenizer):
             assert torch.equal(ours, theirs), name
     strip = [replace(reference, row=0, start=0, length=0) for reference in packed.references]
     assert strip == [replace(reference, row=0, start=0, length=0) for reference in padded.references]
+
+
+def test_a_clip_belongs_to_its_dialogue_whatever_the_order_of_those_asked(tokenizer):
+    batch, padding = dummy_batch(tokenizer, TASKS, per_row=4), tokenizer.vocabulary.padding
+    prompts = extract_prompts(batch, padding=padding)
+    turned = extract_prompts(replace(batch, references=batch.references[::-1]), padding=padding)
+    assert torch.equal(turned.clip_rows, len(TASKS) - 1 - prompts.clip_rows)
+    assert torch.equal(turned.clip_starts, prompts.clip_starts)
 
 
 def test_targets_are_not_looked_at(tokens, tokenizer):
@@ -177,6 +186,58 @@ def test_the_penalty_stops_codes_from_repeating_and_silence_is_exempt(tokens, to
     assert codes(speech=strict, silence_codes=(2,)) == [0, 1] + [2] * 27
     # What has left the window is free again.
     assert codes(speech=replace(strict, repetition_window=3)) == [n % 4 for n in range(29)]
+
+
+def test_ids_of_a_model_in_half_precision_are_chosen_in_full(tokens, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decoding, "choose", lambda logits, *rest: seen.append(logits.dtype) or choose(logits, *rest))
+    model, batch = tiny_model(tokens).bfloat16(), dummy_batch(tokenizer, [task_from_name("text_to_speech.interleaved")])
+    generate(model, batch, tokenizer, replace(SAMPLED, max_text_ids=8, max_speech_ids=20))
+    assert len(seen) > 8 and set(seen) == {torch.float32}
+
+
+def test_every_step_draws_anew(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("text_to_speech")])
+    with torch.no_grad():
+        model.lm.speech_head.weight.zero_()
+        model.lm.speech_head.bias.zero_()
+        model.lm.speech_head.bias[-1] = -100.0
+    (reply,) = generate(model, batch, tokenizer, replace(SHORT, speech=SamplingConfig(temperature=1.0)))
+    # 29 draws out of 64 codes, all equally likely.
+    assert len(reply.speech_codes.unique()) > 15
+
+
+def test_ids_that_nothing_spells_are_never_written(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    before, spelled = said(generate(model, batch, tokenizer, SHORT)), len(tokenizer.tokenizer)
+    assert spelled < tokens.text_vocabulary_size
+
+    def prefer_the_rest(_, __, logits: Tensor) -> Tensor:
+        return torch.cat([logits[:, :spelled], logits[:, spelled:] + 1e3], dim=1)
+
+    model.lm.text_head.register_forward_hook(prefer_the_rest)
+    assert said(generate(model, batch, tokenizer, SHORT)) == before
+
+
+def test_text_is_kept_from_repeating_by_an_option_of_its_own(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    # Id 0 is always the best, then 1, 2, …
+    model.lm.text_head.register_forward_hook(lambda *_: torch.linspace(1.0, 0.5, 260)[None])
+    strict = SamplingConfig(repetition_penalty=10.0)
+    assert generate(model, batch, tokenizer, SHORT)[0].text_ids == [0] * 20
+    assert generate(model, batch, tokenizer, replace(SHORT, text=strict))[0].text_ids == list(range(20))
+    assert generate(model, batch, tokenizer, replace(SHORT, thinking=strict))[0].text_ids == [0] * 20
+
+
+def test_a_reply_says_whether_it_came_to_its_end_which_is_no_part_of_its_text(tokens, tokenizer):
+    model, batch = tiny_model(tokens), dummy_batch(tokenizer, [task_from_name("transcribe")])
+    end = tokenizer.vocabulary.end_of_text
+    wanted = iter([5, 6, end, 5, 6, 7])
+    model.lm.text_head.register_forward_hook(lambda *_: torch.eye(260)[next(wanted)][None])
+    for limit, ids, finished in ((3, [5, 6], True), (3, [5, 6, 7], False)):
+        (reply,) = generate(model, batch, tokenizer, replace(SHORT, max_text_ids=limit))
+        assert (reply.text_ids, reply.finished) == (ids, finished)
+        assert reply.text == tokenizer.decode(ids)
 
 
 def test_a_silence_code_outside_the_codebook_is_refused(model, tokenizer):

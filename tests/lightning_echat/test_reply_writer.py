@@ -1,6 +1,7 @@
 """The order in which a row may write text and speech, whatever the heads want."""
 
 import random
+from copy import copy
 from dataclasses import dataclass, replace
 
 import pytest
@@ -110,6 +111,18 @@ def test_interleaving_starts_behind_the_thinking(tokenizer, form):
     spoken = "tttttt" + "b" + 17 * "c" + "tte" + 3 * "c" + "b"
     assert kinds(ids, tokenizer) == "t" * len(thinking) + spoken
     assert reply.text == thinking + "x" * 8
+
+
+def test_the_mark_that_closes_thinking_may_end_in_a_character_of_several_ids(tokenizer):
+    other, prompts = copy(tokenizer), tokenizer.prompt_set
+    other.prompt_set = replace(prompts, thinking=replace(prompts.thinking, close="[完]完"))
+    ids = tokenizer.encode("well [完]完")
+    writer = ReplyWriter("speech_to_text.natural_thinking", other, LIMITS)
+    phases = []
+    for id in ids:
+        writer.write(id)
+        phases.append(writer.phase)
+    assert phases == ["thinking"] * (len(ids) - 1) + ["text"]
 
 
 def test_thinking_that_is_never_closed_is_followed_by_speech(tokenizer):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_echat.nn.token2wav.masked_norm import MaskedGroupNorm, masked
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodeEncoderConfig:
@@ -59,10 +61,13 @@ class CodeEncoder(nn.Module):
             frames: F, where it is not the largest of these.
 
         Returns:
-            [B, F, bins]; what stands after a row's end means nothing.
+            [B, F, bins], 0 after a row's end. A row comes out the same in any batch.
         """
-        encoded = self._encode(codes, code_lengths)
-        return self._after(_stretch(encoded, code_lengths, frame_lengths, frames=frames))
+        stretched = _stretch(self._encode(codes, code_lengths), code_lengths, frame_lengths, frames=frames)
+        # One frame of a row of none, as a norm needs something to be over.
+        valid = torch.arange(stretched.shape[1], device=codes.device) < frame_lengths[:, None].clamp_min(1)
+        mask = valid[:, None].to(stretched.dtype)
+        return masked(self.stretched(stretched.transpose(1, 2), mask), mask).transpose(1, 2)
 
     def of_parts(self, codes: Tensor, *, parts: list[tuple[int, int]], rest: int) -> Tensor:
         """The same for one row whose beginning falls into parts that are stretched apart.
@@ -81,7 +86,7 @@ class CodeEncoder(nn.Module):
             part = encoded[:, start : start + length]
             stretched.append(_stretch(part, codes.new_tensor([length]), codes.new_tensor([frames])))
             start += length
-        return self._after(torch.cat(stretched, dim=1))
+        return self.stretched(torch.cat(stretched, dim=1).transpose(1, 2), None).transpose(1, 2)
 
     def _encode(self, codes: Tensor, lengths: Tensor) -> Tensor:
         """[B, n] -> [B, n, bins]."""
@@ -92,9 +97,6 @@ class CodeEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, positions, valid)
         return self.projection(self.norm(x))
-
-    def _after(self, stretched: Tensor) -> Tensor:
-        return self.stretched(stretched.transpose(1, 2)).transpose(1, 2)
 
 
 class _Layer(nn.Module):
@@ -179,12 +181,14 @@ def _stretch(x: Tensor, lengths: Tensor, targets: Tensor, *, frames: int | None 
 
 
 class _Convolutions(nn.Module):
-    """[B, bins, F] -> the same."""
+    """[B, bins, F] and [B, 1, F] of valid frames, None for all -> [B, bins, F]."""
 
     def __init__(self, bins: int, *, layers: int) -> None:
         super().__init__()
-        blocks = [(nn.Conv1d(bins, bins, 3, padding=1), nn.GroupNorm(1, bins), nn.Mish()) for _ in range(layers)]
+        blocks = [(nn.Conv1d(bins, bins, 3, padding=1), MaskedGroupNorm(1, bins), nn.Mish()) for _ in range(layers)]
         self.layers = nn.Sequential(*(part for block in blocks for part in block), nn.Conv1d(bins, bins, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask) if isinstance(layer, MaskedGroupNorm) else layer(masked(x, mask))
+        return x

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_echat.contracts import UserError
+from lightning_echat.nn.token2wav.masked_norm import MaskedGroupNorm, masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,35 +70,38 @@ class Estimator(nn.Module):
         self.final = _ConvBlock(first, first)
         self.output = nn.Conv1d(first, outputs, 1)
 
-    def forward(self, x: Tensor, time: Tensor, valid: Tensor) -> Tensor:
-        """The velocity.
+    def forward(self, x: Tensor, time: Tensor, valid: Tensor | None) -> Tensor:
+        """The velocity. A row comes out the same in any batch.
 
         Args:
             x: [B, inputs, F], the noisy mel and all conditions.
             time: [B] in [0, 1].
-            valid: [B, F] bool.
+            valid: [B, F] bool; None where all of it is, which takes less time.
 
         Returns:
             [B, outputs, F], 0 where nothing is valid.
         """
         at = self.time(_time_code(time, self.time_size).to(x.dtype))
-        # One frame of a row of none, or its attention would be over nothing, and NaN.
-        mask = valid.index_fill(1, valid.new_zeros(1, dtype=torch.long), True)[:, None].to(x.dtype)
+        mask = None
+        if valid is not None:
+            # One frame of a row of none, or its attention would be over nothing, and NaN.
+            mask = valid.index_fill(1, valid.new_zeros(1, dtype=torch.long), True)[:, None].to(x.dtype)
         masks, skipped = [mask], []
         for level in _levels(self.down):
             x = level.blocks_of(x, masks[-1], at)
             skipped.append(x)
-            x = level.resize(x * masks[-1])
-            masks.append(masks[-1][..., ::2] if x.shape[-1] < skipped[-1].shape[-1] else masks[-1])
+            x = level.resize(masked(x, masks[-1]))
+            halved = x.shape[-1] < skipped[-1].shape[-1]
+            masks.append(masks[-1][..., ::2] if halved and masks[-1] is not None else masks[-1])
         masks.pop()
         for level in _levels(self.middle):
             x = level.blocks_of(x, masks[-1], at)
         for level in _levels(self.up):
             mask, skip = masks.pop(), skipped.pop()
             x = level.blocks_of(torch.cat([x[..., : skip.shape[-1]], skip], dim=1), mask, at)
-            x = level.resize(x * mask)
-        x = self.final(x[..., : mask.shape[-1]], mask)
-        return self.output(x * mask) * valid[:, None]
+            x = level.resize(masked(x, mask))
+        x = self.final(x[..., : skip.shape[-1]], mask)
+        return masked(self.output(masked(x, mask)), None if valid is None else valid[:, None])
 
 
 def _down(channels: int, *, halves: bool) -> nn.Conv1d:
@@ -135,11 +139,11 @@ class _Level(nn.Module):
         self.transformer = nn.ModuleList(_TransformerBlock(config, outputs) for _ in range(config.blocks))
         self.resize = resize
 
-    def blocks_of(self, x: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+    def blocks_of(self, x: Tensor, mask: Tensor | None, at: Tensor) -> Tensor:
         """[B, inputs, F], [B, 1, F] and [B, times] -> [B, outputs, F]."""
         h = self.first(x, mask) + self.time(at)[..., None]
-        x = (self.second(h, mask) + self.residual(x * mask)).transpose(1, 2)
-        seen = mask[:, None].bool()
+        x = (self.second(h, mask) + self.residual(masked(x, mask))).transpose(1, 2)
+        seen = None if mask is None else mask[:, None].bool()
         for block in self.transformer:
             x = block(x, seen)
         return x.transpose(1, 2)
@@ -148,10 +152,13 @@ class _Level(nn.Module):
 class _ConvBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv1d(inputs, outputs, 3, padding=1), nn.GroupNorm(_GROUPS, outputs), nn.Mish())
+        self.layers = nn.Sequential(
+            nn.Conv1d(inputs, outputs, 3, padding=1), MaskedGroupNorm(_GROUPS, outputs), nn.Mish()
+        )
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.layers(x * mask) * mask
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        convolution, norm, activation = self.layers
+        return masked(activation(norm(convolution(masked(x, mask)), mask)), mask)
 
 
 class _TransformerBlock(nn.Module):
@@ -167,7 +174,7 @@ class _TransformerBlock(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         """[B, F, D] and [B, 1, 1, F] bool -> [B, F, D]."""
         normed = self.attention_norm(x)
         query, key, value = (

@@ -36,6 +36,9 @@ class FlowConfig:
         mel_mean, mel_scale: The network sees (mel - mean) / scale.
         speaker_size: Of the speaker embedding; 0 for one voice that needs none.
         encoder, estimator: Sizes.
+        predicts: What the estimator writes: the velocity, as in the released weights, or the mel at the end of the way,
+            from which the velocity follows. A velocity holds all of the noise, which few channels cannot carry; a mel
+            holds none (Li & He 2025).
         condition_dropout: Share of training rows that see no condition.
         prompt_share: Share of training rows that see a beginning of their mel, as a prompt.
         longest_prompt: Of a row, at most.
@@ -49,6 +52,7 @@ class FlowConfig:
     speaker_size: int = 192
     encoder: CodeEncoderConfig = field(default_factory=CodeEncoderConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    predicts: Literal["velocity", "mel"] = "velocity"
     condition_dropout: float = 0.2
     prompt_share: float = 0.5
     longest_prompt: float = 0.3
@@ -112,7 +116,8 @@ def frame_noise(frames: int, bins: int, *, seed: int, first: int = 0, stream: in
     """
     # A step of the counter makes four numbers of 64 bits; Box and Muller turn two into two.
     steps = -(-bins // 4)
-    source = np.random.Philox(key=[seed % 2**64, stream], counter=[first * steps, 0, 0, 0])
+    key = np.array([seed % 2**64, stream], dtype=np.uint64)
+    source = np.random.Philox(key=key, counter=[first * steps, 0, 0, 0])
     uniform = (source.random_raw(frames * steps * 4).reshape(frames, 2, 2 * steps) >> np.uint64(11)) * 2.0**-53
     radius, angle = np.sqrt(-2.0 * np.log1p(-uniform[:, 0])), 2.0 * np.pi * uniform[:, 1]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :bins]
@@ -141,14 +146,14 @@ class FlowMatching(nn.Module):
         speakers: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Squared error of the velocity, summed over valid mel values, and how many those are.
+        """Squared error of what the estimator writes, summed over valid mel values, and how many those are.
 
         Args:
             codes: [B, n] int64.
             code_lengths: [B] int64.
             mels: [B, F, bins] float32.
             mel_lengths: [B] int64.
-            speakers: [B, speaker_size], where the flow takes them; without, as if they had been dropped.
+            speakers: [B, speaker_size], where the flow takes them; without, and where one is 0, as if it were dropped.
             generator: Draws noise, times, prompts and drops; torch's own without.
         """
         target = (mels - self.config.mel_mean) / self.config.mel_scale
@@ -168,9 +173,9 @@ class FlowMatching(nn.Module):
         time = draw()
         at = time[:, None, None]
         point = (1 - (1 - _SIGMA) * at) * noise + at * target
-        velocity = target - (1 - _SIGMA) * noise
+        wanted = target if self.config.predicts == "mel" else target - (1 - _SIGMA) * noise
         found = self.estimator(torch.cat([point, *conditions], dim=-1).transpose(1, 2), time, valid).transpose(1, 2)
-        error = (found - velocity).float().square() * valid[..., None]
+        error = (found - wanted).float().square() * valid[..., None]
         return error.sum(), valid.sum() * mels.shape[-1]
 
     @torch.no_grad()
@@ -228,9 +233,9 @@ class FlowMatching(nn.Module):
             return [encoded, known]
         if speakers is None:
             # Part of the graph all the same, or DDP would wait for its gradient.
-            said = 0.0 * self.speaker(encoded.new_zeros(encoded.shape[0], self.speaker.in_features))
-        else:
-            said = self.speaker(functional.normalize(speakers.to(encoded), dim=-1))
+            speakers = encoded.new_zeros(encoded.shape[0], self.speaker.in_features)
+        given = speakers.any(-1, keepdim=True).to(encoded.dtype)
+        said = given * self.speaker(functional.normalize(speakers.to(encoded), dim=-1))
         return [encoded, said[:, None].expand_as(encoded), known]
 
     def _follow(self, mel: Tensor, conditions: Tensor, config: SamplingConfig) -> Tensor:
@@ -238,13 +243,14 @@ class FlowMatching(nn.Module):
         times = torch.linspace(0, 1, config.steps + 1, device=mel.device)
         if config.schedule == "cosine":
             times = 1 - torch.cos(times * (math.pi / 2))
-        valid = torch.ones(mel.shape[:2], dtype=torch.bool, device=mel.device)
         if config.guidance:
-            conditions, valid = torch.cat([conditions, torch.zeros_like(conditions)]), valid.expand(2, -1)
+            conditions = torch.cat([conditions, torch.zeros_like(conditions)])
         for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
             rows = torch.cat([mel.expand(conditions.shape[0], -1, -1), conditions], dim=-1).transpose(1, 2)
-            found = self.estimator(rows, mel.new_full((rows.shape[0],), start), valid).transpose(1, 2)
+            found = self.estimator(rows, mel.new_full((rows.shape[0],), start), None).transpose(1, 2)
             if config.guidance:
                 found = (1 + config.guidance) * found[:1] - config.guidance * found[1:]
+            if self.config.predicts == "mel":
+                found = (found - mel) / (1 - start)
             mel = mel + (end - start) * found
         return mel

@@ -79,9 +79,18 @@ class LogMelSpectrogram(nn.Module):
             owner, _, leaf = name.rpartition(".")
             self._mel.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
-    def forward(self, waveforms: Tensor) -> Tensor:
-        """See the class. A waveform must be longer than half of what `fft` exceeds `hop` by."""
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """See the class.
+
+        Args:
+            waveforms: Each must be longer than half of what `fft` exceeds `hop` by.
+            lengths: [B] valid samples, where they differ: the frames of each are then those it has alone.
+        """
         edge = (self.config.fft - self.config.hop) // 2
         # Reflected, so that a frame is centred on its hop and all of them are within the waveform.
         padded = functional.pad(waveforms[:, None], (edge, edge), mode="reflect")[:, 0]
+        if lengths is not None:
+            place = torch.arange(padded.shape[1], device=padded.device)
+            last = (edge + lengths - 1)[:, None]
+            padded = padded.gather(1, torch.where(place > last, 2 * last - place, place).clamp_min(0))
         return torch.log(self._mel(padded).transpose(1, 2).clamp_min(_FLOOR))

@@ -54,9 +54,16 @@ def load_part(part: nn.Module, path: str | Path, *, name: PartName) -> str:
     """Fill a flow or a vocoder with trained weights, and say so in one line.
 
     Raises:
-        UserError: They are of another size, or there are none.
+        UserError: They are of another size or predict something else, or there are none.
     """
-    found, own = read_part(path, name=name).state_dict(), part.state_dict()
+    trained = read_part(path, name=name)
+    if isinstance(trained, FlowMatching) and isinstance(part, FlowMatching):
+        was, is_ = trained.config.predicts, part.config.predicts
+        if was != is_:
+            raise UserError(
+                f"init_from {path}: the flow there predicts the {was}, not the {is_}; set flow.predicts: {was}"
+            )
+    found, own = trained.state_dict(), part.state_dict()
     differing = sorted(key for key in found.keys() | own.keys() if _shape(found, key) != _shape(own, key))
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""

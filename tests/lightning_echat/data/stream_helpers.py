@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from lightning_echat.data import training_stream
+from lightning_echat.data import resumable_stream
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.dialogue_stream import ReadingConfig
 from lightning_echat.data.loader import TrainingLoader, ValidationLoader
@@ -30,7 +30,7 @@ class InTurn(TrainingLoader):
         workers = []
         for number in range(self._workers):
             info = SimpleNamespace(id=number, num_workers=self._workers)
-            with mock.patch.object(training_stream, "get_worker_info", return_value=info):
+            with mock.patch.object(resumable_stream, "get_worker_info", return_value=info):
                 items = iter(self.stream)
                 workers.append(chain([next(items)], items))
         for items in cycle(workers):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_echat.contracts import UserError
-from lightning_echat.data import dialogue_stream
+from lightning_echat.data import shard_reader
 from lightning_echat.data.augmentation import AugmentationConfig
 from lightning_echat.data.batching import BatchingConfig
 from lightning_echat.data.loader import TrainingLoader
@@ -220,8 +220,8 @@ def test_restoring_reads_only_the_shards_that_buffers_refer_to(tokens, tmp_path,
 
         return read
 
-    monkeypatch.setattr(dialogue_stream, "read_samples", spy(dialogue_stream.read_samples, again))
-    monkeypatch.setattr(dialogue_stream, "read_shard", spy(dialogue_stream.read_shard, on))
+    monkeypatch.setattr(shard_reader, "read_samples", spy(shard_reader.read_samples, again))
+    monkeypatch.setattr(shard_reader, "read_shard", spy(shard_reader.read_shard, on))
     some(training(tokens, [source(folder)], position=position, **options()), 1)
     state = position.workers[0]
     assert state is not None

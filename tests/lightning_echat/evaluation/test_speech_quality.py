@@ -3,10 +3,7 @@ import math
 import pytest
 import torch
 
-from lightning_echat.contracts import UserError
 from lightning_echat.evaluation.speech_quality import (
-    DNSMOS,
-    ScriptedPredictor,
     SpokenReply,
     delivery,
     emotion_agreement,
@@ -69,36 +66,3 @@ def test_emotion_is_compared_as_a_distribution() -> None:
     assert mapped["counted"] == 3 and mapped["accuracy"] == 1.0
     nobody = emotion_agreement(torch.zeros(0, 2), [], ("happy", "sad"))
     assert math.isnan(nobody["probability"]) and nobody["counted"] == 0
-
-
-class Length(torch.nn.Module):
-    """Stands for a predictor: its score is how many seconds at 16 kHz it hears."""
-
-    def forward(self, waveform: torch.Tensor) -> torch.Tensor:
-        return torch.ones_like(waveform).sum(dim=1) / 16_000.0
-
-
-def test_a_predictor_of_opinion_scores_is_any_torchscript_of_a_waveform(tmp_path) -> None:
-    torch.jit.script(Length()).save(str(tmp_path / "mos.pt"))
-    predictor = ScriptedPredictor(tmp_path / "mos.pt")
-    waveforms = [torch.zeros(8_000), torch.zeros(16_000)]
-    assert predictor(waveforms, sample_rate=16_000) == pytest.approx(0.75)
-    assert predictor(waveforms, sample_rate=8_000) == pytest.approx(1.5)
-    assert math.isnan(predictor([], sample_rate=16_000))
-
-
-def test_what_is_no_predictor_is_refused_in_one_line(tmp_path) -> None:
-    (tmp_path / "text.pt").write_text("nothing")
-    torch.jit.script(torch.nn.Conv1d(1, 3, 3)).save(str(tmp_path / "many.pt"))
-    for name, message in (("text.pt", "torch.jit.save"), ("none.pt", "torch.jit.save")):
-        with pytest.raises(UserError, match=message) as refused:
-            ScriptedPredictor(tmp_path / name)
-        assert "\n" not in str(refused.value)
-    with pytest.raises(UserError, match="into one number") as refused:
-        ScriptedPredictor(tmp_path / "many.pt")([torch.zeros(100)], sample_rate=16_000)
-    assert "\n" not in str(refused.value)
-
-
-def test_dnsmos_without_its_models_is_refused_and_nothing_is_downloaded(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"DNSMOS needs .*model_v8\.onnx"):
-        DNSMOS(tmp_path)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,9 @@ def test_flow_and_vocoder_of_two_runs_become_a_voice_and_start_the_next_run(tmp_
         token2wav(tmp_path / "flow", tmp_path / "other", vocoder=tmp_path / "flow")
     with pytest.raises(UserError, match="another size"):
         _wider(tmp_path / "vocoder")
+    of_mels = FlowStage(flow=replace(flow_stage().config, predicts="mel"), init_from=str(tmp_path / "flow"))
+    with pytest.raises(UserError, match="predicts the velocity, not the mel"):
+        of_mels.configure_model()
 
 
 def _wider(run: Path) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,50 @@ def folder(tmp_path: Path) -> Path:
     state["quantizer._codebook.embed"] = torch.randn(4096, 128)
     torch.save(state, tmp_path / "speech_tokenizer_v1.pt")
     return tmp_path
+
+
+def write_onnx(state: dict[str, torch.Tensor], path: Path) -> None:
+    """The weights as the released file holds them: under the names of the nodes that read them, matrices turned."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    nodes, weights = [], []
+
+    def add(name: str, kind: str, *tensors: torch.Tensor, inputs: tuple[str, ...] = ()) -> None:
+        inputs = inputs or tuple(f"onnx::{kind}_{len(weights) + i}" for i in range(len(tensors)))
+        weights.extend(
+            numpy_helper.from_array(tensor.contiguous().numpy(), i) for tensor, i in zip(tensors, inputs, strict=True)
+        )
+        nodes.append(helper.make_node(kind, ["x", *inputs], [f"{name}_output"], name=name))
+
+    for key, value in state.items():
+        owner, _, leaf = key.removeprefix("encoder.").rpartition(".")
+        place = "/" + re.sub(r"(blocks\.\d+|attn|mlp)\.", r"\1/", owner).replace("mlp/", "mlp/mlp.")
+        if key == "quantizer._codebook.embed":
+            add("/quantizer/rq/model/layers.0/_codebook/Pow_1", "Pow", value.T)
+        elif key == "encoder.positional_embedding":
+            add("/Slice", "Slice", value, inputs=("encoders.positional_embedding",))
+        elif key.startswith("encoder.conv"):
+            add(f"/{owner}/Conv", "Conv", value, inputs=(f"encoders.{owner}.{leaf}",))
+        elif owner.endswith("_ln"):
+            if leaf == "weight":
+                add(f"{place}/LayerNormalization", "LayerNormalization", value, state[f"encoder.{owner}.bias"])
+        elif value.ndim == 3:
+            add(f"{place}/Conv", "Conv", value)
+        else:
+            add(f"{place}/{'MatMul' if leaf == 'weight' else 'Add'}", "MatMul", value.T if value.ndim == 2 else value)
+    onnx.save(helper.make_model(helper.make_graph(nodes, "tokenizer", [], [], weights)), str(path))
+
+
+def test_the_released_onnx_gives_the_codes_of_its_weights(folder: Path) -> None:
+    expected = load_speech_tokenizer(folder)
+    write_onnx(torch.load(folder / "speech_tokenizer_v1.pt", weights_only=True), folder / "speech_tokenizer_v1.onnx")
+    (folder / "speech_tokenizer_v1.pt").unlink()
+    tokenizer = load_speech_tokenizer(folder)
+    waveforms, lengths = 0.1 * torch.randn(2, 16_000), torch.tensor([16_000, 9_000])
+    codes, numbers = tokenizer.encode(waveforms, lengths=lengths)
+    assert numbers.tolist() == [25, 15] and len(codes.unique()) > 1
+    assert torch.equal(codes, expected.encode(waveforms, lengths=lengths)[0])
 
 
 def test_codes_are_25_a_second_whatever_else_is_in_the_batch(folder: Path) -> None:

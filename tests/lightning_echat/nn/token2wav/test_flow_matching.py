@@ -56,9 +56,10 @@ def test_mels_have_a_frame_a_hop_and_know_the_level() -> None:
     assert float(loud[0, 50, band] - soft[0, 50, band]) == pytest.approx(2.3026, abs=1e-3)
 
 
-def test_a_flow_learns_which_mel_a_code_stands_for() -> None:
+@pytest.mark.parametrize("predicts", ["velocity", "mel"])
+def test_a_flow_learns_which_mel_a_code_stands_for(predicts: str) -> None:
     """Codes 0 to 3 have one flat mel each; after a minute's worth of steps the flow writes them."""
-    flow = tiny(condition_dropout=0.1, prompt_share=0.0).train()
+    flow = tiny(condition_dropout=0.1, prompt_share=0.0, predicts=predicts).train()
     optimizer = torch.optim.AdamW(flow.parameters(), lr=3e-3)
     levels = torch.tensor([-1.5, -0.5, 0.5, 1.5])
     generator = torch.Generator().manual_seed(0)
@@ -134,6 +135,36 @@ def test_what_stands_behind_the_end_of_a_row_counts_for_nothing() -> None:
     changed_codes[:, 2:], changed[:, 8:] = 0, 7.0
     assert loss(codes, mels)[1] == 8 * 8
     torch.testing.assert_close(loss(codes, mels)[0], loss(changed_codes, changed)[0])
+
+
+def test_an_utterance_comes_out_the_same_alone_and_in_a_padded_batch() -> None:
+    flow = tiny(speaker_size=4)
+    lengths, frame_lengths = torch.tensor([7, 3, 5]), torch.tensor([28, 11, 20])
+    codes, points, speakers = torch.randint(4, (3, 7)), 5 * torch.randn(3, 8, 28), torch.randn(3, 8)
+    times = torch.tensor([0.1, 0.5, 0.9])
+
+    def velocities(rows: slice, frames: int, valid: torch.Tensor | None) -> torch.Tensor:
+        code_lengths = lengths[rows]
+        encoded = flow.encoder(codes[rows, : int(code_lengths.max())], code_lengths, frame_lengths[rows], frames=frames)
+        conditions = [points[rows, :, :frames], encoded.transpose(1, 2)]
+        conditions += [speakers[rows, :, None].expand(-1, -1, frames), torch.zeros_like(conditions[0])]
+        return flow.estimator(torch.cat(conditions, dim=1), times[rows], valid)
+
+    together = velocities(slice(None), 28, torch.arange(28) < frame_lengths[:, None])
+    for row, frames in enumerate(frame_lengths.tolist()):
+        for valid in (torch.ones(1, frames, dtype=torch.bool), None):
+            alone = velocities(slice(row, row + 1), frames, valid)[0]
+            torch.testing.assert_close(together[row, :, :frames], alone, atol=2e-5, rtol=1e-4)
+        assert not together[row, :, frames:].any()
+
+
+def test_the_mel_of_a_recording_is_the_same_alone_and_in_a_padded_batch() -> None:
+    mel, waveforms, lengths = LogMelSpectrogram(MEL), 0.1 * torch.randn(2, 6400), torch.tensor([6400, 4321])
+    waveforms[1, 4321:] = 0.0
+    together = mel(waveforms, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        frames = length // MEL.hop
+        torch.testing.assert_close(together[row, :frames], mel(waveforms[row : row + 1, :length])[0, :frames])
 
 
 def test_a_prompt_is_continued_and_not_repeated() -> None:
