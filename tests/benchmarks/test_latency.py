@@ -38,7 +38,7 @@ def test_a_checkpoint_is_measured_as_it_answers(tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path / "last.ckpt", tiny_model(tokens), tokens)
     out = tmp_path / "latency.json"
     options = ["--checkpoint", str(checkpoint), "--speech_tokenizer", str(tmp_path / "voice"), "--out", str(out)]
-    main([*QUICK, *options])
+    main(["--answers", "1", "--requests", "1", "--batch", "2", "--repeats", "1", *options])
     report = json.loads(out.read_text())
     assert report["subject"] == str(checkpoint)
     # An untrained model goes on until a limit; nothing is scripted.

@@ -259,7 +259,7 @@ def test_a_wrong_task_in_yaml_is_refused(tokens, shards):
 def test_what_is_missing_is_the_users_to_mend(tokens, shards):
     with pytest.raises(UserError, match="no train sources"):
         module(tokens, shards, train=[]).train_dataloader()
-    with pytest.raises(UserError, match=r"data\.validation names no set"):
+    with pytest.raises(UserError, match=r"data\.validation name no set"):
         module(tokens, shards, validation={}).test_dataloader()
     with pytest.raises(UserError, match="match nothing"):
         gone = SourceConfig(shards=[shards + "/none-*.tar"], tasks=[TaskConfig(kind="transcribe")])
