@@ -78,7 +78,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ours = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
         return AutoTokenizer.from_pretrained(name, **({"config": PreTrainedConfig()} if ours else {}))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load tokenizer {name!r}: {(str(error).splitlines() or ['?'])[0]}") from error
+        reason = (str(error).splitlines() or ["?"])[0]
+        # A name on the hub has one slash at most; of a path transformers would say that it is no such name.
+        if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") > 1):
+            reason = "there is no such folder"
+        raise UserError(f"cannot load tokenizer {name!r}: {reason}") from error
 
 
 @dataclass(slots=True, kw_only=True)
