@@ -246,5 +246,5 @@ def test_each_prefix_that_ends_in_a_reply_is_a_sample():
 
 def test_a_missing_tokenizer_is_the_users_to_mend(tmp_path):
     for name in (str(tmp_path / "none"), "runs/quickstart/none"):
-        with pytest.raises(UserError, match="cannot load tokenizer .*none': there is no such folder"):
+        with pytest.raises(UserError, match=r"cannot load tokenizer .*none': there is no such folder"):
             DialogueTokenizer.from_config(TokensConfig(tokenizer=name, text_vocabulary_size=10))
