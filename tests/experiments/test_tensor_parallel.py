@@ -42,7 +42,7 @@ class BothShares(SpokenDialogueDataModule):
             loaders.append(super().train_dataloader())
         return _InTurn(loaders)
 
-    def _share(self) -> dict[str, int]:
+    def share(self) -> dict[str, int]:
         return {"rank": self._of, "world_size": 2}
 
     def val_dataloader(self) -> list[Any]:
